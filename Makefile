@@ -1,0 +1,56 @@
+# make wheel     build dist/sglang-*.whl
+# make test      build it, install it in an environment of its own, prove the contract
+# make check     prove that the series applies exactly and exports to the same files
+# make install   put the wheel over the SGLang of an environment [PYTHON=python]
+# make verify    check a model, or a running server: MODEL=path [ARGS="--url http://..."]
+# make lint      ruff and mypy, as pre-commit runs them
+# make mutants   break the patch on purpose and see that the tests notice
+# make patch-tree | patch-new | patch-refresh     work on the series as git commits
+# make clean     remove what was built
+#
+# UPSTREAM selects a release of pins.toml, ARGS is passed on.
+
+UPSTREAM ?= v0.5.9
+PYTHON ?= python
+RELEASE = --release $(UPSTREAM)
+
+wheel:
+	./build.sh $(RELEASE)
+
+test: wheel
+	python3 tools/testenv.py $(RELEASE)
+	build/env/bin/python -m pytest $(ARGS) tests
+
+check:
+	python3 tools/series.py $(RELEASE) check
+
+install:
+	python3 tools/install.py $(RELEASE) --python $(PYTHON)
+
+verify:
+	$(PYTHON) tools/verify.py --model $(MODEL) $(ARGS)
+
+lint: build/lint/bin/pre-commit
+	build/lint/bin/pre-commit run --all-files
+
+build/lint/bin/pre-commit:
+	python3 -m venv build/lint
+	build/lint/bin/pip install --quiet --disable-pip-version-check pre-commit==4.5.0
+
+mutants: wheel
+	python3 tools/testenv.py $(RELEASE)
+	build/env/bin/python -m tests.break_the_patch $(ARGS)
+
+patch-tree:
+	python3 tools/series.py $(RELEASE) tree
+
+patch-new:
+	python3 tools/series.py $(RELEASE) new
+
+patch-refresh:
+	python3 tools/series.py $(RELEASE) refresh
+
+clean:
+	rm -rf build dist
+
+.PHONY: wheel test check install verify lint mutants patch-tree patch-new patch-refresh clean

@@ -1,0 +1,3 @@
+#!/bin/sh
+# Build the patched wheel: ./build.sh [--release v0.5.9]
+exec python3 "$(dirname "$0")/tools/build.py" "$@"

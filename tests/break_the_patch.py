@@ -1,0 +1,231 @@
+"""Break the patched package on purpose and see that the tests notice.
+
+Each mutant changes one place of an installed, patched SGLang, in a copy, and runs the
+tests that should object. A mutant that survives is a hole in the tests.
+
+    build/env/bin/python -m tests.break_the_patch [--list] [NAME ...]
+
+Exit status: 0 if every mutant was caught, 1 if one survived, 2 on bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY = ROOT / "build" / "mutant"
+
+RECORDER = "srt/entrypoints/openai/token_ids.py"
+PROPERTIES = "tests/test_token_ids_property.py"
+END_TO_END = "tests/test_end_to_end.py"
+
+
+@dataclasses.dataclass
+class Mutant:
+    """A change of `old` to `new` in `file`, and the pytest arguments that must fail."""
+
+    clause: str
+    file: str
+    old: str
+    new: str
+    tests: list[str]
+
+
+MUTANTS: dict[str, Mutant] = {
+    "tokenize-again": Mutant(
+        "C1",
+        RECORDER,
+        'data["token_ids"] = choice.output_ids[:end]',
+        'data["token_ids"] = sorted(choice.output_ids[:end])',
+        [END_TO_END, "-k", "test_text and default-free"],
+    ),
+    "last-id-missing": Mutant(
+        "C2",
+        RECORDER,
+        'choice.num_ready = meta_info["completion_tokens"]',
+        'choice.num_ready = meta_info["completion_tokens"] - bool(meta_info["finish_reason"])',
+        [PROPERTIES],
+    ),
+    "sent-twice": Mutant(
+        "C3",
+        RECORDER,
+        "choice.num_sent = end\n        if",
+        "choice.num_sent = end - (end - start > 2)\n        if",
+        [PROPERTIES],
+    ),
+    "ids-late": Mutant(
+        "C4",
+        RECORDER,
+        "if start == end:",
+        "if start == end or '\"finish_reason\":null' in tail:",
+        [PROPERTIES, "-k", "chat"],
+    ),
+    "chunk-invented": Mutant(
+        "C4",
+        RECORDER,
+        "yield self._annotate_chunk(chunk, key_start + len(_CHOICES_KEY))",
+        "yield self._annotate_chunk(chunk, key_start + len(_CHOICES_KEY))\n"
+        "                if '\"content\":null' in chunk:\n"
+        "                    yield chunk",
+        [PROPERTIES, "-k", "chat"],
+    ),
+    "log-probabilities-shifted": Mutant(
+        "C5",
+        RECORDER,
+        "choice.logprobs[start:end], choice.top_logprobs",
+        "choice.logprobs[max(start - 1, 0) : end - bool(start)], choice.top_logprobs",
+        [PROPERTIES],
+    ),
+    "first-alternatives-for-all": Mutant(
+        "C5",
+        RECORDER,
+        "alternatives = top_logprobs[i] if",
+        "alternatives = top_logprobs[0] if",
+        [PROPERTIES, "-k", "chat"],
+    ),
+    "prompt-before-truncation": Mutant(
+        "C6",
+        RECORDER,
+        "choice.prompt_ids = choice.prompt_ids[:num_prompt_ids]",
+        "pass",
+        [END_TO_END, "-k", "auto_truncate"],
+    ),
+    "prompt-on-every-choice": Mutant(
+        "C6",
+        RECORDER,
+        "self._prompt_ids_sent = True",
+        "pass",
+        [PROPERTIES, "-k", "chat"],
+    ),
+    "incremental-ids-lost": Mutant(
+        "C7",
+        "srt/managers/tokenizer_manager.py",
+        "tokenized_obj.input_ids, state.output_ids)",
+        "tokenized_obj.input_ids, state.output_ids[:])",
+        [PROPERTIES, "-k", "True"],
+    ),
+    "lists-of-prompts-forgotten": Mutant(
+        "C7",
+        "srt/managers/io_struct.py",
+        "item.token_id_recorder = self.token_id_recorder",
+        "pass",
+        [END_TO_END, "-k", "test_lists_of_prompts and default"],
+    ),
+    "queued-abort-unanswered": Mutant(
+        "C7",
+        RECORDER,
+        'meta_info.setdefault("prompt_tokens", len(choice.prompt_ids))',
+        'meta_info["prompt_tokens"]',
+        [END_TO_END, "-k", "one_at_a_time"],
+    ),
+    "null-when-off": Mutant(
+        "C8",
+        "srt/entrypoints/openai/protocol.py",
+        "class ChatCompletionResponseStreamChoice(BaseModel):\n    index: int\n",
+        "class ChatCompletionResponseStreamChoice(BaseModel):\n    index: int\n"
+        "    token_ids: Optional[List[int]] = None\n",
+        ["tests/test_stock_identity.py"],
+    ),
+    "false-ignored": Mutant(
+        "C9",
+        RECORDER,
+        "if asked is None:",
+        "if not asked:",
+        [END_TO_END, "-k", "test_server_default and default_on-"],
+    ),
+    "flag-ignored": Mutant(
+        "C9",
+        RECORDER,
+        "asked = server_args.return_token_ids",
+        "asked = False",
+        [END_TO_END, "-k", "test_server_default and default_on-"],
+    ),
+    "lax-boolean": Mutant(
+        "C10",
+        "srt/entrypoints/openai/protocol.py",
+        "return_token_ids: Optional[StrictBool]",
+        "return_token_ids: Optional[bool]",
+        [END_TO_END, "-k", "test_not_a_boolean"],
+    ),
+}
+
+
+def break_package(mutant: Mutant) -> None:
+    """Make a copy of the installed package with the mutant's change.
+
+    Raises:
+        ValueError: If the change does not fit the package in exactly one or more places.
+    """
+    spec = find_spec("sglang")
+    assert spec is not None and spec.origin is not None
+    if COPY.exists():
+        shutil.rmtree(COPY)
+    shutil.copytree(
+        Path(spec.origin).parent,
+        COPY / "sglang",
+        copy_function=os.symlink,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    path = COPY / "sglang" / mutant.file
+    text = path.read_text()
+    if mutant.old not in text:
+        raise ValueError(f"{mutant.file} has no {mutant.old!r}")
+    path.unlink()
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def is_caught(mutant: Mutant) -> bool:
+    """Run the mutant's tests and return whether any failed.
+
+    Raises:
+        RuntimeError: If pytest ran no test.
+    """
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *mutant.tests],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(COPY)},
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode not in (0, 1):
+        raise RuntimeError(result.stdout[-2000:] + result.stderr[-2000:])
+    return result.returncode == 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the mutants and exit")
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in MUTANTS]
+    if unknown:
+        parser.error(f"unknown mutant {unknown[0]!r}; known: {', '.join(MUTANTS)}")
+    if args.list:
+        for name, mutant in MUTANTS.items():
+            print(f"{mutant.clause:4} {name:28} {mutant.file}")
+        return 0
+
+    survivors = 0
+    for name in args.names or MUTANTS:
+        mutant = MUTANTS[name]
+        start = time.monotonic()
+        break_package(mutant)
+        caught = is_caught(mutant)
+        survivors += not caught
+        verdict = "caught" if caught else "SURVIVED"
+        seconds = time.monotonic() - start
+        print(f"{verdict:9} {mutant.clause:4} {name:28} {seconds:5.0f} s", flush=True)
+    shutil.rmtree(COPY, ignore_errors=True)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

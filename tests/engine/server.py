@@ -1,0 +1,140 @@
+"""The real SGLang server on the CPU, in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import requests
+
+from tests.engine.tiny_model import ROOT, tiny_model_path
+
+STOCK = ROOT / "build" / "stock-v0.5.9"
+START_TIMEOUT_S = 180.0
+BASE_FLAGS = [
+    "--device=cpu",
+    "--attention-backend=torch_native",
+    "--grammar-backend=llguidance",
+    "--skip-server-warmup",
+    "--max-total-tokens=65536",
+    "--tool-call-parser=qwen",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How a server is started."""
+
+    flags: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    overlap: bool = False
+    stock: bool = False
+
+
+MODES: dict[str, Mode] = {
+    "default": Mode(),
+    "stream_output": Mode(("--stream-output",)),
+    "stream_interval": Mode(("--stream-interval=4",)),
+    "stream_output_interval": Mode(("--stream-output", "--stream-interval=3")),
+    "overlap": Mode(overlap=True),
+    "workers2": Mode(("--tokenizer-worker-num=2",)),
+    "retract": Mode(env=(("SGLANG_TEST_RETRACT", "1"), ("SGLANG_TEST_RETRACT_INTERVAL", "5"))),
+    "speculative": Mode(("--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=4")),
+    "reasoning": Mode(("--reasoning-parser=qwen3",)),
+    "reasoning_interval": Mode(("--reasoning-parser=qwen3", "--stream-interval=16")),
+    "many_calls_a_step": Mode(("--tool-call-parser=qwen3_coder", "--stream-interval=64")),
+    "auto_truncate": Mode(("--allow-auto-truncate", "--context-length=256")),
+    "one_at_a_time": Mode(("--max-running-requests=1",)),
+    "default_on": Mode(("--return-token-ids",)),
+    "default_on_env": Mode(env=(("SGLANG_RETURN_TOKEN_IDS", "1"),)),
+    "stock": Mode(stock=True),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Server:
+    """A running server. Use it as a context manager, or call `stop`.
+
+    Attributes:
+        url: Where it listens, without a trailing slash.
+    """
+
+    def __init__(self, name: str):
+        mode = MODES[name]
+        self.name = name
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        logs = ROOT / "build" / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        self.log = logs / f"{name}.log"
+        command = [sys.executable, "-m", "sglang.launch_server"]
+        command += ["--model-path", str(tiny_model_path()), "--port", str(self.port)]
+        command += BASE_FLAGS if mode.overlap else [*BASE_FLAGS, "--disable-overlap-schedule"]
+        command += mode.flags
+        env = {**os.environ, **dict(mode.env), "SGLANG_USE_CPU_ENGINE": "1"}
+        if mode.stock:
+            env["PYTHONPATH"] = str(STOCK)
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                env=env,
+                cwd=ROOT / "build",
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"The {self.name} server ended:\n{self.log_text()[-3000:]}")
+            try:
+                if requests.get(f"{self.url}/health", timeout=10).ok:
+                    return
+            except requests.RequestException:
+                pass
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"The {self.name} server was not healthy after {START_TIMEOUT_S:.0f} s:\n"
+                    f"{self.log_text()[-3000:]}"
+                )
+            time.sleep(0.5)
+
+    def log_text(self) -> str:
+        return Path(self.log).read_text(errors="replace")
+
+    def stop(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()

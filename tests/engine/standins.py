@@ -1,0 +1,96 @@
+"""Make a stock SGLang importable on a machine without a GPU.
+
+Loaded at every start of the test environment's Python, so that it also reaches the
+processes that the server spawns. It stands in only for what does not import here, and
+only in the test environment. Nothing of it is in the wheel.
+
+- `sgl_kernel` needs CUDA. It is imported unconditionally; nothing of it is called with
+  the CPU engine. The stand-in has any attribute, and raises if one is called.
+- `torchaudio` has no CPU build. SGLang 0.5.23 imports it.
+- `torchvision` has no CPU build either: its Python part imports once the schemas of two
+  operators are defined that its library would define.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+MISSING = ("sgl_kernel", "torchaudio")
+
+
+class Attribute:
+    """An attribute of a missing module, or of such an attribute."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, name: str) -> Attribute:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Attribute(f"{self._name}.{name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(f"{self._name} was called, but it is only a stand-in.")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Attribute) and other._name == self._name
+
+    def __hash__(self) -> int:
+        return hash(self._name)
+
+
+class MissingModule(types.ModuleType):
+    """A module that cannot be installed here."""
+
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Attribute:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Attribute(f"{self.__name__}.{name}")
+
+
+class MissingModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the missing modules. It comes last, so that a real module wins."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] not in MISSING:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return MissingModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class TorchvisionSchemas(importlib.abc.MetaPathFinder):
+    """Defines the schemas just before torchvision is first imported."""
+
+    library: Any = None
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> None:
+        if fullname != "torchvision" or self.library is not None:
+            return
+        import torch
+
+        if torch.version.cuda is not None:
+            # With a CUDA build of torch the library loads and defines them itself.
+            return
+        self.library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            self.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+sys.meta_path.insert(0, TorchvisionSchemas())
+sys.meta_path.append(MissingModuleFinder())

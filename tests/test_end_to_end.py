@@ -1,0 +1,651 @@
+"""The contract over HTTP: every clause, in every server mode that the CPU engine has.
+
+`regex` forces what the random model says; the model still picks the tokens, so they are
+rarely the canonical ones. What the engine itself sampled is read from `/generate`, which
+no patch touches.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+
+from tests.engine.server import Server
+from tests.engine.tiny_model import load_tokenizer
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+MODES = [
+    "default",
+    "stream_output",
+    "stream_interval",
+    "stream_output_interval",
+    "overlap",
+    "workers2",
+    "retract",
+]
+
+WEATHER_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Paris", "東京"]}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+def tool_call(city: str) -> str:
+    arguments = json.dumps({"city": city}, ensure_ascii=False)
+    return f'<tool_call>\n{{"name": "get_weather", "arguments": {arguments}}}\n</tool_call>'
+
+
+def json_call(city: str) -> str:
+    """What a model says where the server has it answer with calls alone."""
+    call = {"name": "get_weather", "parameters": {"city": city}}
+    return json.dumps([call], ensure_ascii=False)
+
+
+def says(text: str, **fields: Any) -> dict[str, Any]:
+    """A request whose answer is exactly `text`."""
+    return {"regex": re.escape(text), "max_tokens": 200, **fields}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "free text": {"max_tokens": 24, "ignore_eos": True},
+    "text to the end-of-sequence token": says("The quick brown fox."),
+    "multi-byte": says("naïve 日本語 🙂🙃 ok"),
+    "one token": {"max_tokens": 1, "ignore_eos": True},
+    "stop string": says("one two STOP three", stop=["STOP"]),
+    "stop string kept": says("one two STOP three", stop=["STOP"], no_stop_trim=True),
+    "special tokens kept": says("hello", skip_special_tokens=False),
+    "n=3": {"n": 3, "max_tokens": 9, "ignore_eos": True},
+    "n=3, text": says("日本語 text", n=3),
+    "log-probabilities": says("naïve 日本語 🙂", logprobs=True, top_logprobs=3),
+    "log-probabilities only": {"max_tokens": 9, "ignore_eos": True, "logprobs": True},
+}
+
+TOOL_CASES: dict[str, dict[str, Any]] = {
+    "tool call alone": says(tool_call("Paris")),
+    "text and tool call": says("Let me see. " + tool_call("東京")),
+    "two tool calls": says(tool_call("Paris") + "\n" + tool_call("東京")),
+    "text after tool call": says(tool_call("Paris") + " done"),
+    "tool call cut short": says(tool_call("Paris"), max_tokens=20),
+    "no tool call": says("No need."),
+    "tools not to be used": says(tool_call("Paris"), tool_choice="none"),
+    "tool call required": says(json_call("Paris"), tool_choice="required"),
+    "tool named": says(
+        json_call("東京"),
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+    ),
+    "tool call with log-probabilities": says(
+        "Let me see. " + tool_call("Paris"), logprobs=True, top_logprobs=2
+    ),
+}
+
+REASONING_CASES: dict[str, dict[str, Any]] = {
+    "reasoning and answer": says("<think>日本 hm</think>yes"),
+    "reasoning cut short": says("<think>hm hm hm hm</think>yes", max_tokens=9),
+    "reasoning, tool call and log-probabilities": says(
+        "<think>hm</think>" + tool_call("Paris"),
+        tools=[WEATHER_TOOL],
+        logprobs=True,
+        top_logprobs=2,
+    ),
+    "reasoning at once": says("<think>hm</think>yes", stream_reasoning=False),
+    "reasoning not separated": says("<think>hm</think>yes", separate_reasoning=False),
+}
+
+
+def chat(case: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Say something, 日本語."}],
+        "temperature": 0,
+        "return_token_ids": True,
+        **case,
+    }
+
+
+def completion(case: dict[str, Any]) -> dict[str, Any]:
+    case = dict(case)
+    if case.pop("logprobs", None):
+        case["logprobs"] = case.pop("top_logprobs", 0)
+    return {
+        "model": "tiny",
+        "prompt": "Once upon a time, 日本語",
+        "temperature": 0,
+        "return_token_ids": True,
+        **case,
+    }
+
+
+def post(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    response = requests.post(server.url + path, json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def stream(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    with requests.post(server.url + path, json=body, timeout=120, stream=True) as response:
+        assert response.status_code == 200, response.text
+        events = [line for line in response.iter_lines() if line]
+    assert events.pop() == b"data: [DONE]"
+    chunks = [json.loads(event.removeprefix(b"data: ")) for event in events]
+    assert not [chunk for chunk in chunks if "error" in chunk]
+    return chunks
+
+
+def prompts_of(answer: dict[str, Any]) -> list[list[int]]:
+    """The prompt ids of a whole response, one list for each choice."""
+    if "prompt_token_ids" in answer:
+        return [answer["prompt_token_ids"]] * len(answer["choices"])
+    return [choice["prompt_token_ids"] for choice in answer["choices"]]
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    """All the text that a choice of a response or of a chunk shows."""
+    message = choice.get("message") or choice.get("delta") or {}
+    calls = message.get("tool_calls") or []
+    return "".join(
+        [
+            choice.get("text") or "",
+            message.get("reasoning_content") or "",
+            message.get("content") or "",
+            *(call["function"].get("arguments") or "" for call in calls),
+        ]
+    )
+
+
+def check_logprobs(choice: dict[str, Any], num_top: int) -> None:
+    """C5: one entry for each id, in order, with alternatives of its own."""
+    tokenizer = load_tokenizer()
+    ids = choice.get("token_ids", [])
+    logprobs = choice["logprobs"]
+    if logprobs is None:
+        assert not ids
+        return
+    expected = [tokenizer.decode([i]) for i in ids]
+    if "content" in logprobs:
+        assert [entry["token"] for entry in logprobs["content"]] == expected
+        values = [entry["logprob"] for entry in logprobs["content"]]
+        tops = [
+            [top["logprob"] for top in entry["top_logprobs"]]
+            for entry in logprobs["content"]
+        ]
+        assert all(len(top) == num_top for top in tops)
+    else:
+        assert logprobs["tokens"] == expected
+        values = logprobs["token_logprobs"]
+        tops = [list(top.values()) for top in logprobs["top_logprobs"]]
+    assert len(values) == len(ids)
+    assert all(value <= 0 for value in values)
+    if num_top and "content" in logprobs:
+        # A grammar may rule out the best token, but not make a worse one score better.
+        assert all(value <= top[0] + 1e-4 for value, top in zip(values, tops))
+
+
+def check_stream(
+    chunks: list[dict[str, Any]], is_chat: bool, case: dict[str, Any]
+) -> dict[int, list[int]]:
+    """Check the clauses that can be seen in a stream alone; return its ids by choice."""
+    ids: dict[int, list[int]] = {}
+    for position, chunk in enumerate(chunks):
+        assert ("prompt_token_ids" in chunk) == (is_chat and position == 0)
+        for choice in chunk["choices"]:
+            is_first = choice["index"] not in ids
+            assert ("prompt_token_ids" in choice) == (not is_chat and is_first)
+            sent = ids.setdefault(choice["index"], [])
+            assert choice.get("token_ids", [0]), "an empty key must be left out"
+            sent += choice.get("token_ids", [])
+            if case.get("logprobs"):
+                check_logprobs(choice, case.get("top_logprobs", 0))
+            else:
+                assert choice["logprobs"] is None
+    usage = chunks[-1]["usage"]
+    assert sum(map(len, ids.values())) == usage["completion_tokens"]
+    return ids
+
+
+def check_both(
+    server: Server, path: str, make: Any, case: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ask whole and streamed, and compare both with each other and with the engine."""
+    is_chat = path == CHAT
+    body = make(case)
+    whole = post(server, path, body)
+    chunks = stream(server, path, body)
+
+    ids = check_stream(chunks, is_chat, case)
+    for choice in whole["choices"]:
+        assert choice["token_ids"] == ids[choice["index"]], "C2"
+        if case.get("logprobs"):
+            check_logprobs(choice, case.get("top_logprobs", 0))
+    assert len(whole["choices"]) == len(ids) == body.get("n", 1)
+    num_ids = sum(len(choice["token_ids"]) for choice in whole["choices"])
+    assert num_ids == whole["usage"]["completion_tokens"]
+
+    prompts = prompts_of(whole)
+    assert len(prompts[0]) == whole["usage"]["prompt_tokens"], "C6"
+    first = chunks[0] if is_chat else chunks[0]["choices"][0]
+    assert first["prompt_token_ids"] == prompts[0], "C6"
+    check_in_time(chunks)
+    return whole, chunks
+
+
+def check_in_time(chunks: list[dict[str, Any]]) -> None:
+    """C4: the ids sent so far decode to all the text shown so far."""
+    tokenizer = load_tokenizer()
+    ids: dict[int, list[int]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            sent = ids.setdefault(choice["index"], [])
+            sent += choice.get("token_ids", [])
+            delta = choice.get("delta") or {}
+            shown = [choice.get("text"), delta.get("content"), delta.get("reasoning_content")]
+            decoded = tokenizer.decode(sent)
+            for text in shown:
+                if text and "\ufffd" not in text:
+                    assert text in decoded, "C4"
+            for call in delta.get("tool_calls") or []:
+                arguments = call["function"].get("arguments") or ""
+                # Some parsers write the JSON around the values themselves.
+                assert all(c in decoded for c in arguments if c.isalnum()), "C4"
+
+
+def sampled(server: Server, body: dict[str, Any], prompt_ids: list[int]) -> list[int]:
+    """What the engine samples for a prompt, by the endpoint that is not patched."""
+    renamed = {"max_tokens": "max_new_tokens"}
+    known = ("regex", "max_tokens", "ignore_eos", "stop", "no_stop_trim", "temperature")
+    params = {renamed.get(key, key): body[key] for key in known if key in body}
+    answer = post(server, "/generate", {"input_ids": prompt_ids, "sampling_params": params})
+    return answer["output_ids"]
+
+
+@pytest.mark.clause("C1", "C2", "C3", "C4", "C5", "C6", "C7")
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("server", MODES, indirect=True)
+def test_text(server: Server, name: str, path: str) -> None:
+    case = CASES[name]
+    make = chat if path == CHAT else completion
+    whole, _ = check_both(server, path, make, case)
+    body = make(case)
+    for choice, prompt in zip(whole["choices"], prompts_of(whole), strict=True):
+        assert choice["token_ids"] == sampled(server, body, prompt), "C1"
+        if "stop" not in case and not case.get("skip_special_tokens") is False:
+            decoded = load_tokenizer().decode(choice["token_ids"], skip_special_tokens=True)
+            assert (text_of(choice) or "") == decoded
+
+
+@pytest.mark.clause("C1", "C2", "C3", "C4", "C5", "C7")
+@pytest.mark.parametrize("name", TOOL_CASES)
+@pytest.mark.parametrize("server", MODES, indirect=True)
+def test_tools(server: Server, name: str) -> None:
+    case = {"tools": [WEATHER_TOOL], **TOOL_CASES[name]}
+    whole, chunks = check_both(server, CHAT, chat, case)
+    choice = whole["choices"][0]
+    decoded = load_tokenizer().decode(choice["token_ids"], skip_special_tokens=True)
+    said = re.sub(r"\\(.)", r"\1", case["regex"], flags=re.DOTALL)
+    assert decoded == said[: len(decoded)]
+    assert (decoded == said) == (name != "tool call cut short")
+    called = [c for chunk in chunks for c in chunk["choices"] if c["delta"].get("tool_calls")]
+    expects_call = name not in ("no tool call", "tools not to be used", "tool call cut short")
+    assert bool(called) >= expects_call
+    assert bool(choice["message"]["tool_calls"]) == expects_call
+
+
+@pytest.mark.clause("C2", "C3", "C4", "C5", "C7")
+@pytest.mark.parametrize("name", REASONING_CASES)
+@pytest.mark.parametrize("server", ["reasoning", "reasoning_interval"], indirect=True)
+def test_reasoning(server: Server, name: str) -> None:
+    whole, _ = check_both(server, CHAT, chat, REASONING_CASES[name])
+    message = whole["choices"][0]["message"]
+    separate = REASONING_CASES[name].get("separate_reasoning", True)
+    assert bool(message["reasoning_content"]) == separate
+
+
+@pytest.mark.clause("C3", "C4", "C5")
+@pytest.mark.parametrize("server", ["many_calls_a_step"], indirect=True)
+def test_text_and_tool_call_in_one_step(server: Server) -> None:
+    """Of the several chunks that one step yields, one carries the ids."""
+    call = (
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+        "</function>\n</tool_call>"
+    )
+    case = says("Hi there. " + call, tools=[WEATHER_TOOL], logprobs=True)
+    whole, chunks = check_both(server, CHAT, chat, case)
+    assert whole["choices"][0]["message"]["tool_calls"]
+    silent = [
+        choice
+        for chunk in chunks
+        for choice in chunk["choices"]
+        if choice["delta"].get("tool_calls") and "token_ids" not in choice
+    ]
+    assert silent, "no step yielded more than one chunk: the case does not test C3"
+
+
+@pytest.mark.clause("C2")
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@pytest.mark.parametrize("server", ["default", "stream_output"], indirect=True)
+def test_stop_token_id(server: Server, path: str) -> None:
+    make = chat if path == CHAT else completion
+    free = post(server, path, make(CASES["free text"]))["choices"][0]["token_ids"]
+    stop = free[5]
+    # ignore_eos would switch off stop token ids as well.
+    case = {"max_tokens": 24, "stop_token_ids": [stop]}
+    whole, _ = check_both(server, path, make, case)
+    assert whole["choices"][0]["token_ids"] == free[: free.index(stop) + 1]
+    assert whole["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.clause("C2", "C6")
+@pytest.mark.parametrize("num", [1, 2], ids=["n=1", "n=2"])
+@pytest.mark.parametrize("kind", ["text", "ids", "one list of ids"])
+@pytest.mark.parametrize("server", ["default", "stream_output", "workers2"], indirect=True)
+def test_lists_of_prompts(server: Server, kind: str, num: int) -> None:
+    tokenizer = load_tokenizer()
+    texts = ["Once upon", "日本語", "a"]
+    ids = [tokenizer.encode(text) for text in texts]
+    prompt: Any = {"text": texts, "ids": ids, "one list of ids": ids[1]}[kind]
+    expected = [ids[1]] if kind == "one list of ids" else ids
+    body = completion({"prompt": prompt, "n": num, "max_tokens": 5, "ignore_eos": True})
+    whole = post(server, COMPLETIONS, body)
+    chunks = stream(server, COMPLETIONS, body)
+    streamed = check_stream(chunks, False, {})
+    assert prompts_of(whole) == [prompt for prompt in expected for _ in range(num)]
+    firsts = {
+        choice["index"]: choice["prompt_token_ids"]
+        for chunk in chunks
+        for choice in chunk["choices"]
+        if "prompt_token_ids" in choice
+    }
+    assert [firsts[i] for i in range(len(firsts))] == prompts_of(whole)
+    assert [choice["token_ids"] for choice in whole["choices"]] == [
+        streamed[i] for i in range(len(streamed))
+    ]
+    assert whole["usage"]["prompt_tokens"] == sum(map(len, expected))
+
+
+@pytest.mark.clause("C2", "C6")
+@pytest.mark.parametrize("server", ["default"], indirect=True)
+def test_echo(server: Server) -> None:
+    """The echoed text is not part of the completion's ids."""
+    body = completion({"echo": True, "max_tokens": 6, "ignore_eos": True})
+    whole = post(server, COMPLETIONS, body)
+    choice = whole["choices"][0]
+    assert choice["text"].startswith(body["prompt"])
+    assert choice["prompt_token_ids"] == load_tokenizer().encode(body["prompt"])
+    assert len(choice["token_ids"]) == 6
+    assert check_stream(stream(server, COMPLETIONS, body), False, {})[0] == choice["token_ids"]
+
+
+@pytest.mark.clause("C6")
+@pytest.mark.parametrize("server", ["default"], indirect=True)
+def test_chat_prompt(server: Server) -> None:
+    """The prompt is what the chat template renders, with tools and without."""
+    tokenizer = load_tokenizer()
+    for tools in (None, [WEATHER_TOOL]):
+        body = chat({"max_tokens": 2, "tools": tools})
+        rendered = tokenizer.apply_chat_template(
+            body["messages"], tools=tools, add_generation_prompt=True, return_dict=False
+        )
+        # The server fills in the fields of a tool that the request leaves out.
+        prompt = post(server, CHAT, body)["prompt_token_ids"]
+        if tools is None:
+            assert prompt == rendered
+        else:
+            assert "get_weather" in tokenizer.decode(prompt)
+
+
+@pytest.mark.clause("C6")
+@pytest.mark.parametrize("server", ["default"], indirect=True)
+def test_continue_final_message(server: Server) -> None:
+    tokenizer = load_tokenizer()
+    messages = [
+        {"role": "user", "content": "Count."},
+        {"role": "assistant", "content": "one two"},
+    ]
+    case = {"messages": messages, "continue_final_message": True, **CASES["free text"]}
+    whole, _ = check_both(server, CHAT, chat, case)
+    rendered = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, return_dict=False
+    )
+    assert whole["prompt_token_ids"] == rendered + tokenizer.encode("one two")
+
+
+@pytest.mark.clause("C6")
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@pytest.mark.parametrize("server", ["auto_truncate"], indirect=True)
+def test_truncated_prompt(server: Server, path: str) -> None:
+    """A prompt that is too long comes back as the engine cut it."""
+    tokenizer = load_tokenizer()
+    text = "word " * 400
+    make = chat if path == CHAT else completion
+    fields = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {}
+    case = {"max_tokens": 2, "ignore_eos": True, **fields}
+    if path == COMPLETIONS:
+        case["prompt"] = text
+    whole, _ = check_both(server, path, make, case)
+    prompt = prompts_of(whole)[0]
+    full = tokenizer.encode(text)
+    if path == CHAT:
+        full = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+    assert len(prompt) < len(full)
+    assert prompt == full[: len(prompt)]
+
+
+def abort_mid_stream(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    chunks = []
+    with requests.post(server.url + path, json=body, timeout=120, stream=True) as response:
+        for line in response.iter_lines():
+            if not line or line == b"data: [DONE]":
+                continue
+            chunks.append(json.loads(line.removeprefix(b"data: ")))
+            if len(chunks) == 12:
+                requests.post(
+                    server.url + "/abort_request", json={"rid": chunks[-1]["id"]}, timeout=30
+                )
+    return chunks
+
+
+@pytest.mark.clause("C2", "C7")
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@pytest.mark.parametrize("server", ["default", "stream_output"], indirect=True)
+def test_abort_mid_stream(server: Server, path: str) -> None:
+    make = chat if path == CHAT else completion
+    body = make({"max_tokens": 1500, "ignore_eos": True})
+    chunks = abort_mid_stream(server, path, body)
+    ids = check_stream(chunks, path == CHAT, {})[0]
+    assert 5 <= len(ids) < 1500
+    reasons = [c["finish_reason"] for chunk in chunks for c in chunk["choices"]]
+    assert reasons[-1] == "abort"
+    prompt = chunks[0].get("prompt_token_ids") or chunks[0]["choices"][0]["prompt_token_ids"]
+    reference = {**body, "max_tokens": len(ids)}
+    assert ids == sampled(server, reference, prompt)
+
+
+@pytest.mark.clause("C2", "C7")
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@pytest.mark.parametrize("server", ["default"], indirect=True)
+def test_abort_whole(server: Server, path: str) -> None:
+    """What was generated before an abort is reported whole."""
+    make = chat if path == CHAT else completion
+    rid = f"abort-whole-{path.count('/')}-{time.time_ns()}"
+    body = make({"max_tokens": 1500, "ignore_eos": True, "rid": rid})
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(post, server, path, body)
+        deadline = time.monotonic() + 30
+        while not pending.done() and time.monotonic() < deadline:
+            time.sleep(0.2)
+            requests.post(server.url + "/abort_request", json={"rid": rid}, timeout=30)
+        answer = pending.result()
+    choice = answer["choices"][0]
+    assert choice["finish_reason"] == "abort"
+    assert len(choice["token_ids"]) == answer["usage"]["completion_tokens"] < 1500
+    assert len(prompts_of(answer)[0]) == answer["usage"]["prompt_tokens"]
+
+
+@pytest.mark.clause("C6", "C7")
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("server", ["one_at_a_time"], indirect=True)
+def test_abort_in_the_queue(server: Server, path: str, streamed: bool) -> None:
+    """A request that is aborted before it ran has a prompt and an empty completion."""
+    make = chat if path == CHAT else completion
+    rid = f"queued-{time.time_ns()}"
+    fields = {"max_tokens": 1500, "ignore_eos": True}
+    running = {**make(fields), "stream": True}
+    ask = stream if streamed else post
+    with (
+        requests.post(server.url + path, json=running, timeout=120, stream=True) as response,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        next(response.iter_lines())
+        pending = pool.submit(ask, server, path, make({**fields, "rid": rid}))
+        while not pending.done():
+            time.sleep(0.2)
+            requests.post(server.url + "/abort_request", json={"rid": rid}, timeout=30)
+        answer = pending.result()
+    if streamed:
+        assert check_stream(answer, path == CHAT, {}) == {0: []}
+        reasons = [c["finish_reason"] for chunk in answer for c in chunk["choices"]]
+        prompt = answer[0].get("prompt_token_ids") or answer[0]["choices"][0]["prompt_token_ids"]
+        usage = answer[-1]["usage"]
+    else:
+        reasons = [answer["choices"][0]["finish_reason"]]
+        assert answer["choices"][0]["token_ids"] == []
+        prompt, usage = prompts_of(answer)[0], answer["usage"]
+    assert reasons[-1] == "abort"
+    assert len(prompt) == usage["prompt_tokens"]
+
+
+@pytest.mark.clause("C2", "C7")
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@pytest.mark.parametrize("server", ["retract"], indirect=True)
+def test_retraction(server: Server, path: str) -> None:
+    """Requests that the scheduler takes back and prefills again lose no id."""
+    make = chat if path == CHAT else completion
+    bodies = [
+        make({"max_tokens": 40, "ignore_eos": True, "seed": i, "temperature": 1.0, "logprobs": True})
+        for i in range(6)
+    ]
+    retracted = re.compile(r"#retracted_reqs: [1-9]")
+    before = len(retracted.findall(server.log_text()))
+    with ThreadPoolExecutor(6) as pool:
+        streams = list(pool.map(lambda body: stream(server, path, body), bodies))
+    assert len(retracted.findall(server.log_text())) > before, "nothing was retracted"
+    for chunks in streams:
+        ids = check_stream(chunks, path == CHAT, {"logprobs": True})[0]
+        shown = "".join(text_of(c) for chunk in chunks for c in chunk["choices"])
+        assert len(ids) == 40
+        assert shown == load_tokenizer().decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.clause("C7")
+@pytest.mark.parametrize("server", ["default", "stream_output"], indirect=True)
+def test_client_hangs_up(server: Server) -> None:
+    """A client that goes away leaves a server that answers the next one exactly."""
+    body = chat({"max_tokens": 1500, "ignore_eos": True, "stream": True})
+    with requests.post(server.url + CHAT, json=body, timeout=60, stream=True) as response:
+        lines = response.iter_lines()
+        for _ in range(8):
+            next(lines)
+    check_both(server, CHAT, chat, CASES["multi-byte"])
+
+
+@pytest.mark.clause("C2", "C3", "C7")
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@pytest.mark.parametrize("server", ["stream_output"], indirect=True)
+def test_64_concurrent_incremental_streams(server: Server, path: str) -> None:
+    """Under load the HTTP side lags behind the engine, and must still miss no id."""
+    make = chat if path == CHAT else completion
+    start = threading.Barrier(64)
+
+    def one(number: int) -> tuple[list[dict[str, Any]], dict[int, list[int]]]:
+        body = make({"max_tokens": 60, "ignore_eos": True, "temperature": 1.0, "seed": number})
+        start.wait()
+        chunks = stream(server, path, body)
+        return chunks, check_stream(chunks, path == CHAT, {})
+
+    with ThreadPoolExecutor(64) as pool:
+        results = list(pool.map(one, range(64)))
+    tokenizer = load_tokenizer()
+    for chunks, ids in results:
+        assert len(ids[0]) == 60
+        shown = "".join(text_of(c) for chunk in chunks for c in chunk["choices"])
+        assert shown == tokenizer.decode(ids[0], skip_special_tokens=True)
+    merged = [
+        choice
+        for chunks, _ in results
+        for chunk in chunks
+        for choice in chunk["choices"]
+        if len(choice.get("token_ids", [])) > 1
+    ]
+    assert merged, "no chunk brought several ids: the load was too low to test anything"
+
+
+@pytest.mark.clause("C9")
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@pytest.mark.parametrize("server", ["default_on", "default_on_env"], indirect=True)
+def test_server_default(server: Server, path: str) -> None:
+    make = chat if path == CHAT else completion
+    case = {"return_token_ids": None, **CASES["multi-byte"]}
+    check_both(server, path, make, case)
+    body = make({"return_token_ids": False, **CASES["multi-byte"]})
+    for answer in (post(server, path, body), *stream(server, path, body)):
+        assert "token_ids" not in json.dumps(answer)
+
+
+@pytest.mark.clause("C9")
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@pytest.mark.parametrize("server", ["default"], indirect=True)
+def test_off_by_default(server: Server, path: str) -> None:
+    make = chat if path == CHAT else completion
+    for asked in (None, False):
+        body = make({"return_token_ids": asked, **CASES["multi-byte"]})
+        if asked is None:
+            del body["return_token_ids"]
+        for answer in (post(server, path, body), *stream(server, path, body)):
+            assert "token_ids" not in json.dumps(answer)
+
+
+@pytest.mark.clause("C10")
+@pytest.mark.parametrize("value", ["yes", 1, 0, "true", [], {}, 1.5], ids=repr)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@pytest.mark.parametrize("server", ["default"], indirect=True)
+def test_not_a_boolean(server: Server, path: str, value: Any) -> None:
+    make = chat if path == CHAT else completion
+    body = make({"max_tokens": 2, "return_token_ids": value})
+    response = requests.post(server.url + path, json=body, timeout=60)
+    assert 400 <= response.status_code < 500
+    assert "return_token_ids" in response.json()["message"]
+    post(server, path, make({"max_tokens": 2}))
+
+
+@pytest.mark.clause("C10")
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("server", ["default"], indirect=True)
+def test_echo_with_logprobs_is_refused(server: Server, streamed: bool) -> None:
+    body = completion({"echo": True, "max_tokens": 2, "stream": streamed})
+    response = requests.post(server.url + COMPLETIONS, json={**body, "logprobs": 1}, timeout=60)
+    assert response.status_code == 400
+    message = response.json()["message"]
+    assert all(word in message for word in ("return_token_ids", "echo", "logprobs"))
+    assert "\n" not in message
+    post(server, COMPLETIONS, completion({"max_tokens": 2}))

@@ -1,0 +1,236 @@
+"""Releases of SGLang and their sources, as pinned in pins.toml."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
+DIST = ROOT / "dist"
+# Files that upstream's release copies from the root of its tree into `python/`.
+ROOT_FILES = ("LICENSE", "README.md")
+
+
+class ToolError(Exception):
+    """Something that the user has to put right. Its message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefact:
+    """A file on PyPI."""
+
+    file: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """A release of upstream and our revision of its patches.
+
+    Attributes:
+        name: The tag, e.g. "v0.5.9".
+        version: The version on PyPI, e.g. "0.5.9".
+        revision: The number of our build, counted from 1.
+        commit: The commit of the tag.
+    """
+
+    name: str
+    version: str
+    revision: int
+    commit: str
+    sdist: Artefact
+    wheel: Artefact
+
+    @property
+    def local_version(self) -> str:
+        return f"{self.version}+tokenids.{self.revision}"
+
+    @property
+    def patches(self) -> Path:
+        return ROOT / "patches" / self.name
+
+    @property
+    def build(self) -> Path:
+        return BUILD / self.name
+
+    @property
+    def built_wheel(self) -> Path:
+        return DIST / f"sglang-{self.local_version}-py3-none-any.whl"
+
+
+def read_pins() -> dict[str, object]:
+    with (ROOT / "pins.toml").open("rb") as file:
+        return tomllib.load(file)
+
+
+def build_requirements() -> list[str]:
+    build = read_pins()["build"]
+    assert isinstance(build, dict)
+    return list(build["requires"])
+
+
+def load_release(name: str | None) -> Release:
+    """Return a pinned release, the default one for None.
+
+    Raises:
+        ToolError: If there is no such release.
+    """
+    pins = read_pins()
+    releases = pins["releases"]
+    assert isinstance(releases, dict)
+    name = name or str(pins["default"])
+    if name not in releases:
+        raise ToolError(f"unknown release {name!r}; known: {', '.join(releases)}")
+    fields = dict(releases[name])
+    for kind in ("sdist", "wheel"):
+        fields[kind] = Artefact(**fields[kind])
+    return Release(name=name, **fields)
+
+
+def say(line: str) -> None:
+    """Print a line of progress."""
+    print(f"==> {line}", file=sys.stderr, flush=True)
+
+
+def run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    """Run a command and return its standard output.
+
+    Raises:
+        ToolError: If it is not installed or fails, with the last line that it printed.
+    """
+    try:
+        result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ToolError(f"{command[0]} is not installed or not on PATH") from None
+    if result.returncode != 0:
+        lines = (result.stderr.strip() or result.stdout.strip()).splitlines()
+        last = lines[-1] if lines else f"exit status {result.returncode}"
+        raise ToolError(f"{' '.join(command[:3])} failed: {last}")
+    return result.stdout
+
+
+def git_environment(isolated_below: Path | None = None) -> dict[str, str]:
+    """Return an environment in which git does the same on every machine.
+
+    Args:
+        isolated_below: A folder whose enclosing repositories git must not see. Without
+            it, `git apply` in a folder of this project would silently skip every file.
+    """
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C", "TZ": "UTC"}
+    if isolated_below is not None:
+        env["GIT_CEILING_DIRECTORIES"] = str(isolated_below.resolve())
+    return env
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, artefact: Artefact) -> None:
+    actual = sha256_of(path)
+    if actual != artefact.sha256:
+        raise ToolError(
+            f"{artefact.file} has sha256 {actual}, but pins.toml has {artefact.sha256}"
+        )
+
+
+def fetch(release: Release, artefact: Artefact) -> Path:
+    """Return an artefact of the release, downloaded with pip unless it already is.
+
+    Raises:
+        ToolError: If it cannot be had or has another hash.
+    """
+    path = BUILD / "downloads" / artefact.file
+    if not path.exists():
+        say(f"downloading {artefact.file}")
+        kind = "--only-binary=:all:" if artefact.file.endswith(".whl") else "--no-binary=sglang"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            requirement = f"sglang=={release.version}"
+            run(
+                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind]
+                + ["--disable-pip-version-check", "--dest", folder, requirement]
+            )
+            downloaded = Path(folder) / artefact.file
+            if not downloaded.exists():
+                raise ToolError(f"pip downloaded no {artefact.file} for {requirement}")
+            check_sha256(downloaded, artefact)
+            downloaded.rename(path)
+    check_sha256(path, artefact)
+    return path
+
+
+def submodule_path() -> Path:
+    upstream = read_pins()["upstream"]
+    assert isinstance(upstream, dict)
+    return ROOT / str(upstream["submodule"])
+
+
+def submodule_is_checked_out(release: Release) -> bool:
+    """Return whether the submodule holds the source of the release.
+
+    Raises:
+        ToolError: If it is at another commit or has changes.
+    """
+    path = submodule_path()
+    if not (path / ".git").exists():
+        return False
+    env = git_environment()
+    head = run(["git", "rev-parse", "HEAD"], cwd=path, env=env).strip()
+    if head != release.commit:
+        raise ToolError(
+            f"the submodule {path.relative_to(ROOT)} is at {head}, but {release.name} is "
+            f"{release.commit}: run `git submodule update` or `git submodule deinit` it"
+        )
+    if run(["git", "status", "--porcelain", "--ignored"], cwd=path, env=env):
+        raise ToolError(
+            f"the submodule {path.relative_to(ROOT)} has changes: it must stay pristine "
+            "(`make patch-tree` makes a tree to work in)"
+        )
+    return True
+
+
+def extract_source(release: Release, target: Path) -> None:
+    """Put upstream's pristine `python/` folder into `target`, which must be new.
+
+    The source is the submodule where it is checked out, and the sdist otherwise. Both
+    give the same files.
+    """
+    target.mkdir(parents=True)
+    if submodule_is_checked_out(release):
+        say(f"source: the submodule at {release.commit[:12]}")
+        archive = target / "source.tar"
+        run(
+            ["git", "archive", "--format=tar", f"--output={archive}", release.commit]
+            + ["python", *ROOT_FILES],
+            cwd=submodule_path(),
+            env=git_environment(),
+        )
+        with tarfile.open(archive) as tar:
+            tar.extractall(target, filter="data")
+        archive.unlink()
+        for name in ROOT_FILES:
+            (target / name).replace(target / "python" / name)
+        return
+
+    path = fetch(release, release.sdist)
+    say(f"source: {release.sdist.file}")
+    with tarfile.open(path) as tar:
+        tar.extractall(target, filter="data")
+    python = target / "python"
+    (target / release.sdist.file.removesuffix(".tar.gz")).rename(python)
+    # Written by the build of the sdist; not in upstream's tree.
+    for name in ("PKG-INFO", "setup.cfg", "sglang/_version.py"):
+        (python / name).unlink()
+    shutil.rmtree(python / "sglang.egg-info")

@@ -285,7 +285,7 @@ def test_text(server: Server, name: str, path: str) -> None:
     body = make(case)
     for choice, prompt in zip(whole["choices"], prompts_of(whole), strict=True):
         assert choice["token_ids"] == sampled(server, body, prompt), "C1"
-        if "stop" not in case and not case.get("skip_special_tokens") is False:
+        if "stop" not in case and case.get("skip_special_tokens", True):
             decoded = load_tokenizer().decode(choice["token_ids"], skip_special_tokens=True)
             assert (text_of(choice) or "") == decoded
 
@@ -541,10 +541,8 @@ def test_abort_in_the_queue(server: Server, path: str, streamed: bool) -> None:
 def test_retraction(server: Server, path: str) -> None:
     """Requests that the scheduler takes back and prefills again lose no id."""
     make = chat if path == CHAT else completion
-    bodies = [
-        make({"max_tokens": 40, "ignore_eos": True, "seed": i, "temperature": 1.0, "logprobs": True})
-        for i in range(6)
-    ]
+    case = {"max_tokens": 40, "ignore_eos": True, "temperature": 1.0, "logprobs": True}
+    bodies = [make({**case, "seed": i}) for i in range(6)]
     retracted = re.compile(r"#retracted_reqs: [1-9]")
     before = len(retracted.findall(server.log_text()))
     with ThreadPoolExecutor(6) as pool:

@@ -101,16 +101,20 @@ def say(line: str) -> None:
     print(f"==> {line}", file=sys.stderr, flush=True)
 
 
+def require(program: str) -> None:
+    """Raise a ToolError unless a program is on PATH."""
+    if shutil.which(program) is None:
+        raise ToolError(f"{program} is not installed or not on PATH")
+
+
 def run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
     """Run a command and return its standard output.
 
     Raises:
         ToolError: If it is not installed or fails, with the last line that it printed.
     """
-    try:
-        result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise ToolError(f"{command[0]} is not installed or not on PATH") from None
+    require(command[0])
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     if result.returncode != 0:
         lines = (result.stderr.strip() or result.stdout.strip()).splitlines()
         last = lines[-1] if lines else f"exit status {result.returncode}"

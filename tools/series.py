@@ -25,6 +25,7 @@ from releases import (
     extract_source,
     git_environment,
     load_release,
+    require,
     run,
     say,
     sha256_of,
@@ -122,6 +123,7 @@ def apply_patch(patch: Patch, tree: Path) -> None:
     Raises:
         ToolError: If a hunk does not apply exactly where it says.
     """
+    require("git")
     result = subprocess.run(
         ["git", "apply", "--verbose", "--whitespace=nowarn", str(patch.path.resolve())],
         cwd=tree,
@@ -141,7 +143,8 @@ def apply_patch(patch: Patch, tree: Path) -> None:
         raise ToolError(f"{patch.path.name} does not apply: {reason[1] if reason else output}")
     moved = re.search(r"^Hunk #(\d+) succeeded at (\d+) \(offset .+\)", output, re.MULTILINE)
     if moved:
-        checked = re.findall(r"^Checking patch (.+?)(?: => .+)?\.\.\.$", output[: moved.start()], re.M)
+        before = output[: moved.start()]
+        checked = re.findall(r"^Checking patch (.+?)(?: => .+)?\.\.\.$", before, re.MULTILINE)
         raise ToolError(
             f"{patch.path.name} applies to {checked[-1] if checked else 'a file'} only with an "
             f"offset: hunk #{moved[1]}, found at line {moved[2]}"
@@ -234,8 +237,7 @@ def check(release: Release) -> None:
 
 
 def check_quilt(release: Release, tree: Path) -> None:
-    if shutil.which("quilt") is None:
-        raise ToolError("quilt is not installed or not on PATH (Debian's package is `quilt`)")
+    require("quilt")
     env = {**os.environ, "QUILT_PATCHES": str(release.patches.resolve()), "LC_ALL": "C"}
     output = run(["quilt", "--quiltrc=-", "push", "-a", "--fuzz=0"], cwd=tree, env=env)
     if "offset" in output:

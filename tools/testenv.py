@@ -79,10 +79,11 @@ def main() -> int:
     args = parser.parse_args()
     try:
         release = load_release(args.release)
-        if not release.built_wheel.exists():
-            raise ToolError(f"there is no {release.built_wheel.relative_to(ROOT)}: run `make wheel`")
+        wheel = release.built_wheel
+        if not wheel.exists():
+            raise ToolError(f"there is no {wheel.relative_to(ROOT)}: run `make wheel`")
         make_environment()
-        install_wheel(release.built_wheel)
+        install_wheel(wheel)
         unpack_stock(release)
     except ToolError as e:
         print(f"testenv: {e}", file=sys.stderr)

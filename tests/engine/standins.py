@@ -88,8 +88,9 @@ class TorchvisionSchemas(importlib.abc.MetaPathFinder):
             # With a CUDA build of torch the library loads and defines them itself.
             return
         self.library = torch.library.Library("torchvision", "DEF")
+        signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         for name in ("nms", "qnms"):
-            self.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            self.library.define(name + signature)
 
 
 sys.meta_path.insert(0, TorchvisionSchemas())

@@ -1,0 +1,327 @@
+"""The build, the series tools and the installer, run as a user runs them.
+
+Each test works on a copy of the project, so that it can be broken.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WHEEL = "sglang-0.5.9+tokenids.1-py3-none-any.whl"
+# The tools run in the Python that `make` finds, not in the test environment.
+PYTHON = os.path.realpath(sys.executable)
+
+
+def copy_project(target: Path) -> Path:
+    """Copy what the tools need; what was downloaded and installed is shared."""
+    for name in ("patches", "tools"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pins.toml", target)
+    (target / "build").mkdir()
+    for name in ("downloads", "venv-build"):
+        (target / "build" / name).symlink_to(ROOT / "build" / name)
+    return target
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return copy_project(tmp_path / "project")
+
+
+def tool(project: Path, name: str, *args: str, path: str | None = None) -> tuple[int, str, str]:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if path is not None:
+        env["PATH"] = path
+    command = [PYTHON, str(project / "tools" / f"{name}.py"), *args]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=project)
+    return result.returncode, result.stdout, result.stderr
+
+
+def build(project: Path) -> bytes:
+    status, out, err = tool(project, "build")
+    assert status == 0, err
+    wheel = project / "dist" / WHEEL
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    assert f"sha256   {digest}" in out
+    assert f"pip install --no-deps --force-reinstall dist/{WHEEL}" in out
+    return wheel.read_bytes()
+
+
+def expect_refusal(project: Path, words: list[str], name: str = "build", **kwargs: str) -> None:
+    """One line that says why, a non-zero exit, and no wheel."""
+    args = kwargs.pop("args", "").split()
+    status, _, err = tool(project, name, *args, **kwargs)
+    lines = [line for line in err.splitlines() if not line.startswith("==> ")]
+    assert status != 0 and len(lines) == 1, err
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not list((project / "dist").glob("*.whl"))
+
+
+def series_patches(project: Path) -> list[Path]:
+    return sorted((project / "patches" / "v0.5.9").glob("*.patch"))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def git(folder: Path, *args: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+    command = ["git", *identity, *args]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_builds_are_the_same_bytes_in_two_folders(project: Path) -> None:
+    assert build(project) == (ROOT / "dist" / WHEEL).read_bytes()
+    assert build(project) == (ROOT / "dist" / WHEEL).read_bytes()
+
+
+def make_submodule(project: Path) -> Path:
+    """A local repository with the files of the sdist, in place of the submodule.
+
+    The git host cannot be reached from everywhere the tests run. What this shows is that
+    the route gives the same wheel when the trees hold the same files.
+    """
+    submodule = project / "third_party" / "sglang"
+    submodule.mkdir(parents=True)
+    with tarfile.open(ROOT / "build" / "downloads" / "sglang-0.5.9.tar.gz") as tar:
+        tar.extractall(submodule, filter="data")
+    python = (submodule / "sglang-0.5.9").rename(submodule / "python")
+    for name in ("PKG-INFO", "setup.cfg", "sglang/_version.py"):
+        (python / name).unlink()
+    shutil.rmtree(python / "sglang.egg-info")
+    for name in ("LICENSE", "README.md"):
+        (python / name).rename(submodule / name)
+    git(submodule, "init", "--quiet")
+    git(submodule, "add", "--all", "--force")
+    git(submodule, "commit", "--quiet", "-m", "v0.5.9")
+    head = git(submodule, "rev-parse", "HEAD").strip()
+    pins = project / "pins.toml"
+    edit(pins, "bbe9c7eeb520b0a67e92d133dfc137a3688dc7f2", head)
+    return submodule
+
+
+def test_submodule_gives_the_same_wheel_as_the_sdist(project: Path, tmp_path: Path) -> None:
+    make_submodule(project)
+    from_submodule = build(project)
+    other = copy_project(tmp_path / "other")
+    shutil.copy(project / "pins.toml", other)
+    assert from_submodule == build(other)
+
+
+def test_only_the_series_differs_from_the_stock_wheel() -> None:
+    def read(path: Path, version: str) -> dict[str, bytes]:
+        with zipfile.ZipFile(path) as archive:
+            info = f"sglang-{version}.dist-info/"
+            return {n.replace(info, "info/"): archive.read(n) for n in archive.namelist()}
+
+    stock = read(ROOT / "build" / "downloads" / "sglang-0.5.9-py3-none-any.whl", "0.5.9")
+    ours = read(ROOT / "dist" / WHEEL, "0.5.9+tokenids.1")
+    manifest = json.loads(ours["info/PATCHES.json"])
+    different = {n for n in stock.keys() | ours.keys() if stock.get(n) != ours.get(n)}
+    assert different == {
+        *manifest["files"],
+        "sglang/_version.py",
+        "info/METADATA",
+        "info/RECORD",
+        "info/PATCHES.json",
+        "info/licenses/NOTICE",
+    }
+    assert ours["info/METADATA"] == stock["info/METADATA"].replace(
+        b"\nVersion: 0.5.9\n", b"\nVersion: 0.5.9+tokenids.1\n"
+    )
+    notice = ours["info/licenses/NOTICE"].decode()
+    assert all(file in notice for file in manifest["files"])
+
+
+def test_record_is_right() -> None:
+    with zipfile.ZipFile(ROOT / "dist" / WHEEL) as archive:
+        names = archive.namelist()
+        record = next(n for n in names if n.endswith(".dist-info/RECORD"))
+        rows = list(csv.reader(archive.read(record).decode().splitlines()))
+        assert sorted(row[0] for row in rows) == sorted(names)
+        for name, digest, size in rows:
+            if name != record:
+                data = archive.read(name)
+                encoded = base64.urlsafe_b64encode(hashlib.sha256(data).digest())
+                assert (digest, int(size)) == (f"sha256={encoded.decode().rstrip('=')}", len(data))
+
+
+def test_the_installed_wheel_says_what_it_is() -> None:
+    command = [sys.executable, "-m", "sglang.patches"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for patch in series_patches(ROOT):
+        assert patch.name in listing
+        assert hashlib.sha256(patch.read_bytes()).hexdigest()[:16] in listing
+    version = "import sglang; print(sglang.__version__)"
+    result = subprocess.run([sys.executable, "-c", version], capture_output=True, text=True)
+    assert result.stdout.strip() == "0.5.9+tokenids.1"
+
+
+@pytest.mark.parametrize("server", ["default"], indirect=True)
+def test_the_server_says_what_it_is(server: object) -> None:
+    import requests
+
+    info = requests.get(f"{server.url}/get_server_info", timeout=30).json()  # type: ignore[attr-defined]
+    assert info["version"] == "0.5.9+tokenids.1"
+
+
+def test_unknown_release(project: Path) -> None:
+    expect_refusal(project, ["v9.9.9", "v0.5.9"], args="--release v9.9.9")
+
+
+def test_wrong_hash(project: Path) -> None:
+    pinned = "11b1445bfb039c20217783850fda66a71b814391b2cf313f4e6cadc3b9fea41b"
+    edit(project / "pins.toml", pinned, "0" * 64)
+    expect_refusal(project, ["sglang-0.5.9.tar.gz", pinned, "0" * 64])
+
+
+def test_dirty_submodule(project: Path) -> None:
+    submodule = make_submodule(project)
+    (submodule / "python" / "stray.py").write_text("")
+    expect_refusal(project, ["third_party/sglang", "changes"])
+
+
+def test_submodule_at_another_commit(project: Path) -> None:
+    submodule = make_submodule(project)
+    git(submodule, "commit", "--quiet", "--allow-empty", "-m", "another")
+    expect_refusal(project, ["third_party/sglang", "is at"])
+
+
+def test_patch_not_listed(project: Path) -> None:
+    extra = project / "patches" / "v0.5.9" / "0099-extra.patch"
+    shutil.copy(series_patches(project)[0], extra)
+    expect_refusal(project, ["0099-extra.patch", "not listed"])
+
+
+def test_patch_not_on_disk(project: Path) -> None:
+    patch = series_patches(project)[0]
+    patch.unlink()
+    expect_refusal(project, [patch.name, "not on disk"])
+
+
+def test_patch_without_upstream_status(project: Path) -> None:
+    patch = series_patches(project)[0]
+    edit(patch, "\nForwarded: ", "\nStatus: ")
+    expect_refusal(project, [patch.name, "Forwarded:"])
+
+
+def test_patch_that_does_not_apply(project: Path) -> None:
+    patch = series_patches(project)[0]
+    edit(patch, "\n-        return GenerateReqInput(", "\n-        return SomethingElse(")
+    file = "python/sglang/srt/managers/io_struct.py"
+    expect_refusal(project, [patch.name, file, "hunk #2", "@@"])
+
+
+def test_patch_that_applies_with_an_offset(project: Path) -> None:
+    patch = series_patches(project)[0]
+    edit(patch, "\n@@ -279,6 +279,10 @@", "\n@@ -275,6 +275,10 @@")
+    expect_refusal(project, [patch.name, "io_struct.py", "offset", "hunk #1"])
+
+
+def path_with(folder: Path, *programs: str) -> str:
+    folder.mkdir()
+    for program in programs:
+        found = shutil.which(program)
+        assert found is not None
+        (folder / program).symlink_to(found)
+    return str(folder)
+
+
+def test_no_git(project: Path, tmp_path: Path) -> None:
+    expect_refusal(project, ["git", "not installed"], path=path_with(tmp_path / "bin", "sh"))
+
+
+def test_no_quilt(project: Path, tmp_path: Path) -> None:
+    path = path_with(tmp_path / "bin", "git", "sh")
+    expect_refusal(project, ["quilt", "not installed"], name="series", args="check", path=path)
+
+
+def test_an_edit_becomes_a_patch(project: Path) -> None:
+    """tree, commit, refresh: the new commit is the last patch, the others are unchanged."""
+    before = {path.name: path.read_bytes() for path in series_patches(project)}
+    assert tool(project, "series", "tree")[0] == 0
+    tree = project / "build" / "v0.5.9" / "tree"
+    version = tree / "python" / "sglang" / "version.py"
+    version.write_text(version.read_text() + "# edited\n")
+    status, _, err = tool(project, "series", "refresh")
+    assert status == 1 and "not committed" in err
+    git(tree, "commit", "--quiet", "-a", "-m", "version: edit\n\nForwarded: no\nSigned-off-by: t")
+    status, _, err = tool(project, "series", "refresh")
+    assert status == 0, err
+    after = {path.name: path.read_bytes() for path in series_patches(project)}
+    assert after.pop("0005-version-edit.patch")
+    assert after == before
+    if shutil.which("quilt"):
+        status, _, err = tool(project, "series", "check")
+        assert status == 0, err
+
+
+def fake_environment(path: Path, version: str | None) -> Path:
+    """A folder and a Python that finds a small package named sglang in it."""
+    site = path / "site"
+    site.mkdir(parents=True)
+    if version is not None:
+        info = site / f"sglang-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
+        digest = base64.urlsafe_b64encode(hashlib.sha256(b"x = 1\n").digest()).decode().rstrip("=")
+        (info / "RECORD").write_text(f"sglang.py,sha256={digest},6\n")
+        (site / "sglang.py").write_text("x = 1\n")
+    python = path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{site}" exec "{PYTHON}" -S "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+@pytest.mark.parametrize(
+    ("version", "changed", "words"),
+    [
+        (None, False, ["no sglang"]),
+        ("0.5.10", False, ["0.5.10", "0.5.9"]),
+        ("0.5.9", True, ["local changes", "sglang.py"]),
+    ],
+    ids=["none there", "another release", "local changes"],
+)
+def test_install_refuses(
+    project: Path, tmp_path: Path, version: str | None, changed: bool, words: list[str]
+) -> None:
+    python = fake_environment(tmp_path / "env", version)
+    if changed:
+        (tmp_path / "env" / "site" / "sglang.py").write_text("x = 2\n")
+    (project / "dist").mkdir()
+    shutil.copy(ROOT / "dist" / WHEEL, project / "dist")
+    status, _, err = tool(project, "install", "--python", str(python))
+    assert status == 1
+    assert err.startswith("install: ") and err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+def test_install_replaces_stock(project: Path, tmp_path: Path) -> None:
+    subprocess.run([PYTHON, "-m", "venv", str(tmp_path / "env")], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    stock = ROOT / "build" / "downloads" / "sglang-0.5.9-py3-none-any.whl"
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(stock)], check=True)
+    (project / "dist").mkdir()
+    shutil.copy(ROOT / "dist" / WHEEL, project / "dist")
+    status, out, err = tool(project, "install", "--python", str(python))
+    assert status == 0, out + err
+    show = [str(python), "-m", "pip", "show", "sglang"]
+    shown = subprocess.run(show, capture_output=True, text=True).stdout
+    assert "Version: 0.5.9+tokenids.1" in shown

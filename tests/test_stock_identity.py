@@ -1,0 +1,273 @@
+"""C8: whoever does not ask for ids cannot tell the patched server from the stock one.
+
+The same greedy requests go to a stock and to a patched server. Ids, times and latencies
+are masked. Where a stream is cut into chunks moves with timing, in stock too, so a stream
+is compared by the kinds of its chunks and by the joined values of each kind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+
+from tests.conftest import ServerPool
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+GREEDY = {"temperature": 0, "num_predict": 8}
+MESSAGES = [{"role": "user", "content": "Say something, 日本語."}]
+
+# Each of these is sent whole and streamed.
+CHAT: list[dict[str, Any]] = [
+    {},
+    {"ignore_eos": True},
+    {"n": 2},
+    {"regex": "naïve 日本語 🙂"},
+    {"regex": "one STOP two", "stop": "STOP"},
+    {"regex": "one STOP two", "stop": ["STOP"], "no_stop_trim": True},
+    {"logprobs": True},
+    {"logprobs": True, "top_logprobs": 2, "regex": "日本語 text"},
+    {"regex": re.escape(CALL), "tools": [TOOL], "max_tokens": 200},
+    {"regex": "Hm\\. " + re.escape(CALL), "tools": [TOOL], "max_tokens": 200, "logprobs": True},
+    {"regex": re.escape(CALL), "tools": [TOOL], "tool_choice": "none", "max_tokens": 200},
+    {"skip_special_tokens": False},
+    {"seed": 3, "min_tokens": 4},
+    {"return_token_ids": False},
+    {"response_format": {"type": "nonsense"}},
+    {"temperature": "hot"},
+    {"messages": []},
+    {"max_tokens": -1},
+    {"tool_choice": "required"},
+    {"return_hidden_states": True},
+]
+COMPLETIONS: list[dict[str, Any]] = [
+    {},
+    {"n": 2, "ignore_eos": True},
+    {"prompt": ["Once", "日本語"]},
+    {"prompt": [70, 71, 72]},
+    {"prompt": [[70, 71], [72]]},
+    {"echo": True},
+    {"logprobs": 2},
+    {"echo": True, "logprobs": 1},
+    {"regex": "one STOP two", "stop": "STOP"},
+    {"return_token_ids": False},
+    {"prompt": ""},
+    {"max_tokens": 0},
+]
+GENERATE: list[dict[str, Any]] = [
+    {"text": "Once upon a time"},
+    {"input_ids": [70, 71, 72], "return_logprob": True},
+    {"text": ["a", "日本語"], "return_logprob": True, "top_logprobs_num": 2},
+    {"text": "a", "return_token_ids": True, "token_id_recorder": "x"},
+    {"input_ids": []},
+]
+ANTHROPIC: list[dict[str, Any]] = [
+    {"model": "m", "max_tokens": 8, "messages": MESSAGES, "temperature": 0},
+    {"model": "m", "max_tokens": 8, "messages": [], "temperature": 0},
+]
+OLLAMA: list[dict[str, Any]] = [
+    {"model": "m", "messages": MESSAGES, "options": GREEDY},
+    {"model": "m", "messages": "none"},
+]
+# Sent once, as they are.
+ONCE: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/embeddings", {"model": "m", "input": "a"}),
+    ("/v1/embeddings", {"model": "m"}),
+    ("/v1/score", {"query": "a"}),
+    ("/v1/tokenize", {"model": "m", "prompt": "日本語"}),
+    ("/v1/detokenize", {"model": "m", "tokens": [70, 71]}),
+    ("/v1/responses", {"model": "m", "input": "a", "max_output_tokens": 8, "temperature": 0}),
+    ("/api/generate", {"model": "m", "prompt": "a", "stream": False, "options": GREEDY}),
+    ("/v1/messages/count_tokens", {"model": "m", "messages": MESSAGES}),
+    ("/v1/nowhere", {}),
+]
+
+
+def requests_of(path: str) -> list[dict[str, Any]]:
+    chat = {"model": "m", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
+    completion = {"model": "m", "prompt": "Once upon", "temperature": 0, "max_tokens": 12}
+    params = {"sampling_params": {"temperature": 0, "max_new_tokens": 8}}
+    variants: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+        "/v1/chat/completions": (chat, CHAT),
+        "/v1/completions": (completion, COMPLETIONS),
+        "/generate": (params, GENERATE),
+        "/v1/messages": ({}, ANTHROPIC),
+        "/api/chat": ({}, OLLAMA),
+    }
+    base, cases = variants[path]
+    usage = {"stream_options": {"include_usage": True}} if path.startswith("/v1/c") else {}
+    whole = [{**base, **case, "stream": False} for case in cases]
+    return whole + [{**base, **case, "stream": True, **usage} for case in cases]
+
+
+ASKING_ENDPOINTS = ["/v1/chat/completions", "/v1/completions"]
+OTHERS = [("/generate", b) for b in requests_of("/generate")]
+OTHERS += [("/v1/messages", b) for b in requests_of("/v1/messages")]
+OTHERS += [("/api/chat", b) for b in requests_of("/api/chat")]
+OTHERS += ONCE
+ALL = [(path, body) for path in ASKING_ENDPOINTS for body in requests_of(path)] + OTHERS
+
+MASKS = [
+    (r'"(id|rid|request_id|item_id)": ?"[^"]*"', r'"\1":"ID"'),
+    (r"\b(call|msg|resp|rs)_[0-9a-f]{16,}", r"\1_ID"),
+    (r'"(created|created_at|completed_at)": ?("[^"]*"|[0-9.]+)', r'"\1":0'),
+    (r'"\w*(latency|duration|_ts|_time)": ?[0-9.e-]+', '"latency":0'),
+    (r"\b[0-9a-f]{32}\b", "ID"),
+    # What was cached depends on the requests before, also of the other runs.
+    (r'"cached_tokens": ?\d+', '"cached_tokens":0'),
+    (r"/[\w./+-]+/sglang/", "/sglang/"),
+    (r"line \d+, in", "line 0, in"),
+]
+
+
+def mask(text: str) -> str:
+    for pattern, replacement in MASKS:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def shape(value: Any) -> Any:
+    """The keys of a value in order, with the kinds of their values."""
+    if isinstance(value, dict):
+        # The keys of top_logprobs are tokens.
+        return [
+            (key, "present" if key == "top_logprobs" else shape(item))
+            for key, item in value.items()
+        ]
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return "null" if value is None else type(value).__name__.replace("int", "float")
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item, f"{path}[]")
+    else:
+        yield path, value
+
+
+# What each chunk says anew: /generate's is cumulative, and some strings never change.
+CUMULATIVE = (".text", ".output_ids[]")
+CONSTANT = (".object", ".model", ".id", ".role", ".type", ".created_at")
+
+
+def join_stream(body: str) -> list[Any]:
+    """What a stream says, no matter where it was cut.
+
+    Returns:
+        For each choice: its kinds of chunk, each once, and for each key the
+        strings joined, or else the last value; log-probabilities are joined as a list.
+    """
+    choices: dict[Any, dict[str, Any]] = {}
+    for line in body.splitlines():
+        data = line.removeprefix("data: ")
+        if not data.startswith("{"):
+            choices.setdefault(data, {})
+            continue
+        chunk = json.loads(data)
+        inner = chunk.get("choices") or [{}]
+        index = chunk.get("index", inner[0].get("index"))
+        entry = choices.setdefault(index, {"kinds": [], "values": {}})
+        if (kind := shape(chunk)) not in entry["kinds"]:
+            entry["kinds"].append(kind)
+        for path, value in leaves(chunk):
+            if value is None or "content[].top_logprobs" in path:
+                # Stock repeats the first token's for all tokens of a chunk.
+                continue
+            if path in CUMULATIVE or ".meta_info" in path:
+                entry["values"][path] = value
+            elif "logprobs" in path:
+                entry["values"].setdefault(path, []).append(value)
+            elif isinstance(value, str) and not path.endswith(CONSTANT):
+                entry["values"][path] = entry["values"].get(path, "") + value
+            else:
+                entry["values"][path] = value
+    for entry in choices.values():
+        # Which kinds of chunk come first is timing; whether they come is not.
+        entry.get("kinds", []).sort(key=repr)
+    return sorted(choices.items(), key=repr)
+
+
+def ask(url: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+    response = requests.post(url + path, json=body, timeout=120)
+    headers = {k.lower(): v for k, v in response.headers.items()}
+    for name in ("date", "content-length", "x-request-id"):
+        headers.pop(name, None)
+    text = mask(response.content.decode())
+    kind = headers.get("content-type", "")
+    is_stream = "event-stream" in kind or "ndjson" in kind
+    return response.status_code, headers, join_stream(text) if is_stream else text
+
+
+def differences(
+    one: str, other: str, requests_: list[tuple[str, dict[str, Any]]]
+) -> list[tuple[str, dict[str, Any], Any, Any]]:
+    """Send requests to two servers and return those that are answered differently."""
+    found = []
+    for path, body in requests_:
+        a, b = ask(one, path, body), ask(other, path, body)
+        if a != b:
+            found.append((path, body, a, b))
+    return found
+
+
+def test_there_are_enough_requests() -> None:
+    assert len(ALL) >= 60
+
+
+@pytest.mark.clause("C8")
+@pytest.mark.parametrize("server", ["default"])
+def test_not_asking_is_stock(servers: ServerPool, server: str) -> None:
+    stock, patched = servers.get("stock"), servers.get(server)
+    assert differences(stock.url, patched.url, ALL) == []
+
+
+@pytest.mark.clause("C8", "C9")
+@pytest.mark.parametrize("server", ["default_on", "default_on_env"])
+def test_other_endpoints_are_stock_with_the_default_on(servers: ServerPool, server: str) -> None:
+    stock, patched = servers.get("stock"), servers.get(server)
+    asked_not_to = [
+        (path, {**body, "return_token_ids": False})
+        for path in ASKING_ENDPOINTS
+        for body in requests_of(path)
+    ]
+    assert differences(stock.url, patched.url, OTHERS + asked_not_to) == []
+
+
+@pytest.mark.parametrize("server", ["stock"])
+def test_stock_is_stock(servers: ServerPool, server: str) -> None:
+    """The comparison gives no difference where there is none."""
+    stock = servers.get(server)
+    assert differences(stock.url, stock.url, ALL) == []
+
+
+@pytest.mark.parametrize("server", ["default_on"])
+def test_asking_is_not_stock(servers: ServerPool, server: str) -> None:
+    """The comparison sees ids where there are some, in every answer that has a choice."""
+    stock, patched = servers.get("stock"), servers.get(server)
+    for path in ASKING_ENDPOINTS:
+        bodies = [b for b in requests_of(path) if "return_token_ids" not in b]
+        answered = [b for b in bodies if ask(stock.url, path, b)[0] == 200]
+        found = differences(stock.url, patched.url, [(path, b) for b in answered])
+        assert len(found) == len(answered)
+
+
+def test_a_null_key_is_a_difference() -> None:
+    chunk = '{"choices":[{"index":0,"delta":{"content":"a"}}]}'
+    other = '{"choices":[{"index":0,"delta":{"content":"a"},"token_ids":null}]}'
+    assert join_stream(f"data: {chunk}\n\n") != join_stream(f"data: {other}\n\n")

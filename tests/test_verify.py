@@ -1,0 +1,70 @@
+"""The verifier: it passes on the patched server, and can fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engine.server import BASE_FLAGS, ROOT, Server
+from tests.engine.tiny_model import tiny_model_path
+
+
+def verify(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "verify.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT / "build")
+
+
+@pytest.mark.parametrize("server", ["default", "stream_output", "reasoning"], indirect=True)
+def test_passes_on_a_patched_server(server: Server, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    result = verify("--url", server.url, "--json", str(report))
+    assert result.returncode == 0, result.stdout + result.stderr
+    checks = json.loads(report.read_text())
+    assert checks["FAIL"] == 0 and checks["PASS"] >= 10
+    assert result.stdout.count("PASS") == checks["PASS"] + 1
+
+
+@pytest.mark.parametrize("server", ["stock"], indirect=True)
+def test_fails_on_a_stock_server(server: Server, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    result = verify("--url", server.url, "--json", str(report))
+    assert result.returncode == 1, result.stdout + result.stderr
+    verdicts = {c["check"]: c["verdict"] for c in json.loads(report.read_text())["checks"]}
+    assert verdicts.pop("false means none") == "PASS"
+    assert set(verdicts.values()) == {"FAIL"}
+
+
+@pytest.mark.parametrize("server", ["default"])
+def test_starts_a_server_itself(server: str) -> None:
+    flags = ["--disable-overlap-schedule", *BASE_FLAGS]
+    result = subprocess.run(
+        ["env", "SGLANG_USE_CPU_ENGINE=1", sys.executable, str(ROOT / "tools" / "verify.py")]
+        + ["--model", str(tiny_model_path()), "--max-tokens", "16", "--", *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT / "build",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 FAIL" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--url", "http://127.0.0.1:9", "--model", "nowhere"],
+        ["--url", "http://127.0.0.1:9"],
+        ["--url", "http://127.0.0.1:9", "--", "--tp=2"],
+    ],
+    ids=["nothing given", "no tokenizer", "no server", "flags for a running server"],
+)
+def test_trouble_is_not_a_verdict(args: list[str]) -> None:
+    result = verify(*args)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "PASS" not in result.stdout and "FAIL" not in result.stdout

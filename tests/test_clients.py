@@ -14,6 +14,7 @@ import pytest
 import requests
 
 from tests.engine.server import ROOT, Server, free_port
+from tests.engine.tiny_model import tiny_model_path
 
 REQUEST: dict[str, Any] = {
     "model": "tiny",
@@ -107,10 +108,19 @@ def test_sglang_router(server: Server) -> None:
     prompt, ids = ids_of(server)
     with process("router", command, f"{router}/health"):
         url = f"{router}/v1/chat/completions"
-        body = {**REQUEST, "return_token_ids": True}
-        answer = requests.post(url, json=body, timeout=60).json()
+        # The router knows the model by the path that the server was started with.
+        body = {**REQUEST, "model": str(tiny_model_path())}
+        deadline = time.monotonic() + 30
+        while True:
+            response = requests.post(url, json={**body, "return_token_ids": True}, timeout=60)
+            # It is healthy before it has found its worker.
+            if response.ok or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+        assert response.ok, response.text
+        answer = response.json()
         client = openai.OpenAI(base_url=f"{router}/v1", api_key="none")
-        chunks = list(client.chat.completions.create(**REQUEST, stream=True))
+        chunks = list(client.chat.completions.create(**body, stream=True))
     streamed = [
         i for c in chunks for i in (c.choices[0].model_extra or {}).get("token_ids", [])
     ]

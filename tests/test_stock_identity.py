@@ -118,6 +118,7 @@ OTHERS += [("/api/chat", b) for b in requests_of("/api/chat")]
 OTHERS += ONCE
 ALL = [(path, body) for path in ASKING_ENDPOINTS for body in requests_of(path)] + OTHERS
 
+TRIES = 4
 MASKS = [
     (r'"(id|rid|request_id|item_id)": ?"[^"]*"', r'"\1":"ID"'),
     (r"\b(call|msg|resp|rs)_[0-9a-f]{16,}", r"\1_ID"),
@@ -217,11 +218,18 @@ def ask(url: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, str],
 def differences(
     one: str, other: str, requests_: list[tuple[str, dict[str, Any]]]
 ) -> list[tuple[str, dict[str, Any], Any, Any]]:
-    """Send requests to two servers and return those that are answered differently."""
+    """Send requests to two servers and return those that are answered differently.
+
+    On a busy machine one of them may merge two steps, and so skip a kind of chunk. A
+    difference that is not timing is there every time.
+    """
     found = []
     for path, body in requests_:
-        a, b = ask(one, path, body), ask(other, path, body)
-        if a != b:
+        for _ in range(TRIES):
+            a, b = ask(one, path, body), ask(other, path, body)
+            if a == b:
+                break
+        else:
             found.append((path, body, a, b))
     return found
 
@@ -262,9 +270,14 @@ def test_asking_is_not_stock(servers: ServerPool, server: str) -> None:
     stock, patched = servers.get("stock"), servers.get(server)
     for path in ASKING_ENDPOINTS:
         bodies = [b for b in requests_of(path) if "return_token_ids" not in b]
-        answered = [b for b in bodies if ask(stock.url, path, b)[0] == 200]
+        answered = [b for b in bodies if has_choices(ask(stock.url, path, b))]
         found = differences(stock.url, patched.url, [(path, b) for b in answered])
         assert len(found) == len(answered)
+
+
+def has_choices(answer: tuple[int, dict[str, str], Any]) -> bool:
+    # A stream reports its errors with status 200.
+    return answer[0] == 200 and ".error.message" not in repr(answer[2])
 
 
 def test_a_null_key_is_a_difference() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,14 @@ from tests.engine.tiny_model import tiny_model_path
 
 def verify(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools" / "verify.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT / "build")
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT / "build",
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
 
 
 @pytest.mark.parametrize("server", ["default", "stream_output", "reasoning"], indirect=True)

@@ -94,17 +94,26 @@ TOOL_CASES: dict[str, dict[str, Any]] = {
     ),
 }
 
+def thinks(text: str, **fields: Any) -> dict[str, Any]:
+    """A request whose answer is exactly `text`, for a server with a reasoning parser.
+
+    Where reasoning is expected, the grammar does not hold until it has ended.
+    """
+    return says(text, chat_template_kwargs={"enable_thinking": False}, **fields)
+
+
 REASONING_CASES: dict[str, dict[str, Any]] = {
-    "reasoning and answer": says("<think>日本 hm</think>yes"),
-    "reasoning cut short": says("<think>hm hm hm hm</think>yes", max_tokens=9),
-    "reasoning, tool call and log-probabilities": says(
+    "reasoning and answer": thinks("<think>日本 hm</think>yes"),
+    "reasoning cut short": thinks("<think>" + "hm " * 20 + "</think>yes", max_tokens=20),
+    "reasoning, tool call and log-probabilities": thinks(
         "<think>hm</think>" + tool_call("Paris"),
         tools=[WEATHER_TOOL],
         logprobs=True,
         top_logprobs=2,
     ),
-    "reasoning at once": says("<think>hm</think>yes", stream_reasoning=False),
-    "reasoning not separated": says("<think>hm</think>yes", separate_reasoning=False),
+    "reasoning at once": thinks("<think>hm</think>yes", stream_reasoning=False),
+    "reasoning not separated": thinks("<think>hm</think>yes", separate_reasoning=False),
+    "reasoning in free text": {"max_tokens": 60, "ignore_eos": True},
 }
 
 
@@ -311,10 +320,16 @@ def test_tools(server: Server, name: str) -> None:
 @pytest.mark.parametrize("name", REASONING_CASES)
 @pytest.mark.parametrize("server", ["reasoning", "reasoning_interval"], indirect=True)
 def test_reasoning(server: Server, name: str) -> None:
-    whole, _ = check_both(server, CHAT, chat, REASONING_CASES[name])
-    message = whole["choices"][0]["message"]
-    separate = REASONING_CASES[name].get("separate_reasoning", True)
-    assert bool(message["reasoning_content"]) == separate
+    case = REASONING_CASES[name]
+    whole, _ = check_both(server, CHAT, chat, case)
+    choice = whole["choices"][0]
+    message = choice["message"]
+    assert bool(message["reasoning_content"]) == case.get("separate_reasoning", True)
+    if "regex" in case and "cut short" not in name:
+        decoded = load_tokenizer().decode(choice["token_ids"], skip_special_tokens=True)
+        assert decoded == re.sub(r"\\(.)", r"\1", case["regex"], flags=re.DOTALL)
+        assert bool(message["tool_calls"]) == ("tools" in case)
+        assert ("yes" in (message["content"] or "")) == ("tools" not in case)
 
 
 @pytest.mark.clause("C3", "C4", "C5")

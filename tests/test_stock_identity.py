@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,6 +120,7 @@ OTHERS += ONCE
 ALL = [(path, body) for path in ASKING_ENDPOINTS for body in requests_of(path)] + OTHERS
 
 TRIES = 4
+FLUSH_TIMEOUT_S = 30.0
 MASKS = [
     (r'"(id|rid|request_id|item_id)": ?"[^"]*"', r'"\1":"ID"'),
     (r"\b(call|msg|resp|rs)_[0-9a-f]{16,}", r"\1_ID"),
@@ -204,7 +206,16 @@ def join_stream(body: str) -> list[Any]:
     return sorted(choices.items(), key=repr)
 
 
+def flush_cache(url: str) -> None:
+    """Forget the requests before: a cached prefix changes the last digits of a result."""
+    deadline = time.monotonic() + FLUSH_TIMEOUT_S
+    while not requests.post(f"{url}/flush_cache", timeout=30).ok:
+        assert time.monotonic() < deadline, f"{url} is not idle"
+        time.sleep(0.01)
+
+
 def ask(url: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+    flush_cache(url)
     response = requests.post(url + path, json=body, timeout=120)
     headers = {k.lower(): v for k, v in response.headers.items()}
     for name in ("date", "content-length", "x-request-id"):

@@ -209,8 +209,14 @@ class Serving:
         if not request.stream:
             body = response.body if hasattr(response, "body") else response.model_dump_json()
             return [json.loads(body)]
-        events = [event async for event in response.body_iterator]
-        assert events[-1] == "data: [DONE]\n\n"
+        body = bytearray()
+
+        async def send(message: Any) -> None:
+            body.extend(message.get("body", b""))
+
+        await response.stream_response(send)
+        events = body.decode().removesuffix("\n\n").split("\n\n")
+        assert events[-1] == "data: [DONE]"
         return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
 
 
@@ -257,6 +263,7 @@ def serving() -> Iterator[Serving]:
 def chat_request(plan: Plan, **fields: Any) -> Any:
     from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 
+    fields.pop("echo", None)
     return ChatCompletionRequest(
         model="m",
         messages=[{"role": "user", "content": "hi"}],
@@ -269,6 +276,10 @@ def completion_request(plan: Plan, **fields: Any) -> Any:
     from sglang.srt.entrypoints.openai.protocol import CompletionRequest
 
     fields.pop("tools", None)
+    fields.pop("separate_reasoning", None)
+    if fields.get("logprobs"):
+        # Refused together.
+        fields.pop("echo", None)
     if fields.pop("top_logprobs", None) is not None:
         fields["logprobs"] = 2
     else:
@@ -358,7 +369,11 @@ fields = st.fixed_dictionaries(
     optional={
         "tools": st.just([TOOL]),
         "logprobs": st.just(True),
-        "stream_options": st.just({"include_usage": True}),
+        "separate_reasoning": st.just(False),
+        "echo": st.just(True),
+        "stream_options": st.fixed_dictionaries(
+            {"include_usage": st.just(True), "continuous_usage_stats": st.booleans()}
+        ),
     },
 )
 

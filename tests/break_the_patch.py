@@ -43,8 +43,8 @@ MUTANTS: dict[str, Mutant] = {
     "tokenize-again": Mutant(
         "C1",
         RECORDER,
-        'data["token_ids"] = choice.output_ids[:end]',
-        'data["token_ids"] = sorted(choice.output_ids[:end])',
+        'data["token_ids"] = choice.state.output_ids[:end]',
+        'data["token_ids"] = sorted(choice.state.output_ids[:end])',
         [END_TO_END, "-k", "test_text and default-free"],
     ),
     "last-id-missing": Mutant(
@@ -77,11 +77,32 @@ MUTANTS: dict[str, Mutant] = {
         "                    yield chunk",
         [PROPERTIES, "-k", "chat"],
     ),
+    "handler-told-too-much-text": Mutant(
+        "C4",
+        RECORDER,
+        "choice.handled_text += choice.delta",
+        "choice.handled_text = text",
+        [PROPERTIES],
+    ),
+    "sent-twice-past-the-handler": Mutant(
+        "C3",
+        RECORDER,
+        "choice.num_sent = end\n        logprobs",
+        "choice.num_sent = end - (end - start > 2)\n        logprobs",
+        [PROPERTIES],
+    ),
+    "usage-frozen": Mutant(
+        "C4",
+        RECORDER,
+        "or _streams_usage(request)",
+        "",
+        [PROPERTIES, "-k", "chat"],
+    ),
     "log-probabilities-shifted": Mutant(
         "C5",
         RECORDER,
-        "choice.logprobs[start:end], choice.top_logprobs",
-        "choice.logprobs[max(start - 1, 0) : end - bool(start)], choice.top_logprobs",
+        "            logprobs[start:end], top_logprobs",
+        "            logprobs[max(start - 1, 0) : end - bool(start)], top_logprobs",
         [PROPERTIES],
     ),
     "first-alternatives-for-all": Mutant(
@@ -94,7 +115,7 @@ MUTANTS: dict[str, Mutant] = {
     "prompt-before-truncation": Mutant(
         "C6",
         RECORDER,
-        "choice.prompt_ids = choice.prompt_ids[:num_prompt_ids]",
+        "choice.prompt_ids = list(choice.prompt_ids[:num_prompt_ids])",
         "pass",
         [END_TO_END, "-k", "auto_truncate"],
     ),
@@ -108,8 +129,8 @@ MUTANTS: dict[str, Mutant] = {
     "incremental-ids-lost": Mutant(
         "C7",
         "srt/managers/tokenizer_manager.py",
-        "tokenized_obj.input_ids, state.output_ids)",
-        "tokenized_obj.input_ids, state.output_ids[:])",
+        "tokenized_obj.input_ids, state)",
+        "tokenized_obj.input_ids, dataclasses.replace(state, output_ids=[]))",
         [PROPERTIES, "-k", "True"],
     ),
     "lists-of-prompts-forgotten": Mutant(

@@ -265,7 +265,7 @@ def test_an_edit_becomes_a_patch(project: Path) -> None:
     status, _, err = tool(project, "series", "refresh")
     assert status == 0, err
     after = {path.name: path.read_bytes() for path in series_patches(project)}
-    assert after.pop("0005-version-edit.patch")
+    assert after.pop(f"{len(before) + 1:04}-version-edit.patch")
     assert after == before
     if shutil.which("quilt"):
         status, _, err = tool(project, "series", "check")

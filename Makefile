@@ -4,6 +4,7 @@
 # make install   put the wheel over the SGLang of an environment [PYTHON=python]
 # make verify    check a model, or a running server: MODEL=path [ARGS="--url http://..."]
 # make lint      ruff and mypy, as pre-commit runs them
+# make bench     measure what ids cost, then make bench/results/report.md (bench-report)
 # make mutants   break the patch on purpose and see that the tests notice
 # make patch-tree | patch-new | patch-refresh     work on the series as git commits
 # make clean     remove what was built
@@ -41,6 +42,16 @@ mutants: wheel
 	python3 tools/testenv.py $(RELEASE)
 	build/env/bin/python -m tests.break_the_patch $(ARGS)
 
+bench: wheel
+	python3 tools/testenv.py $(RELEASE)
+	build/env/bin/python -m bench.serving_layer --json bench/results/serving_layer.json
+	build/env/bin/python -m bench.whole_server --json bench/results/whole_server.json
+	build/env/bin/python -m bench.memory --json bench/results/memory.json
+	build/env/bin/python -m bench.report
+
+bench-report:
+	build/env/bin/python -m bench.report
+
 patch-tree:
 	python3 tools/series.py $(RELEASE) tree
 
@@ -53,4 +64,5 @@ patch-refresh:
 clean:
 	rm -rf build dist
 
-.PHONY: wheel test check install verify lint mutants patch-tree patch-new patch-refresh clean
+.PHONY: wheel test check install verify lint mutants bench bench-report patch-tree patch-new \
+	patch-refresh clean

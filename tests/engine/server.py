@@ -55,6 +55,10 @@ MODES: dict[str, Mode] = {
     "one_at_a_time": Mode(("--max-running-requests=1",)),
     "default_on": Mode(("--return-token-ids",)),
     "default_on_env": Mode(env=(("SGLANG_RETURN_TOKEN_IDS", "1"),)),
+    "long": Mode(
+        ("--context-length=16384", "--max-total-tokens=700000"),
+        env=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),
+    ),
     "stock": Mode(stock=True),
 }
 

@@ -1,0 +1,131 @@
+"""What exact ids cost in memory: the resident set of the HTTP process.
+
+Two questions, on the CPU with a tiny random model: how much more it needs for many long
+streams when they ask for ids, and whether anything is kept after a request has ended.
+
+    python -m bench.memory [--streams 64] [--tokens 8192] [--requests 1000] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+from bench.common import Row, environment, print_rows, ratios
+from tests.engine.server import Server
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "not asked": {},
+    "ids": {"return_token_ids": True},
+    "ids and logprobs": {"return_token_ids": True, "logprobs": True},
+    "logprobs": {"logprobs": True},
+}
+MIB = 2**20
+
+
+class PeakMemory:
+    """The highest resident set of a process while the context is open, in MiB."""
+
+    def __init__(self, process: psutil.Process):
+        self.process = process
+        self.start = self.peak = process.memory_info().rss
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.sample)
+
+    def sample(self) -> None:
+        while not self.done.wait(0.05):
+            self.peak = max(self.peak, self.process.memory_info().rss)
+
+    def __enter__(self) -> PeakMemory:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    @property
+    def growth(self) -> float:
+        return (self.peak - self.start) / MIB
+
+
+def ask(url: str, tokens: int, fields: dict[str, Any], stream: bool = True) -> None:
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "hi"}],
+        "temperature": 0,
+        "ignore_eos": True,
+        "max_tokens": tokens,
+        "stream": stream,
+        **fields,
+    }
+    with requests.post(
+        f"{url}/v1/chat/completions", json=body, stream=stream, timeout=3600
+    ) as response:
+        response.raise_for_status()
+        for _ in response.iter_content(1 << 16):
+            pass
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--streams", type=int, default=64, help="at once (default: 64)")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each (default: 8192)")
+    parser.add_argument("--requests", type=int, default=1000, help="one by one (default: 1000)")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    args = parser.parse_args()
+
+    case = f"{args.streams} streams at once"
+    rows: list[Row] = []
+    for name, fields in VARIANTS.items():
+        # A server of its own: memory that was freed is not always given back.
+        with Server("long") as server, ThreadPoolExecutor(args.streams) as pool:
+            process = psutil.Process(server.process.pid)
+            ask(server.url, 16, fields)
+            start = time.monotonic()
+            with PeakMemory(process) as memory:
+                tasks = [
+                    pool.submit(ask, server.url, args.tokens, fields) for _ in range(args.streams)
+                ]
+                for task in tasks:
+                    task.result()
+            took = time.monotonic() - start
+            print(f"{case}, {name}: {memory.growth:.0f} MiB, {took:.0f} s", file=sys.stderr)
+            row = Row(case, args.tokens, name, "peak growth, MiB", [memory.growth], [])
+            base = rows[0].values if rows else row.values
+            row.ratios = ratios(row.values, [max(value, 1.0) for value in base])
+            rows.append(row)
+            if name == "ids":
+                ends = []
+                for i in range(args.requests):
+                    ask(server.url, 32, fields, stream=bool(i % 2))
+                    if (i + 1) % max(args.requests // 10, 1) == 0:
+                        ends.append(process.memory_info().rss / MIB)
+                flat = Row(
+                    f"{args.requests} requests, one by one",
+                    32,
+                    name,
+                    "resident after each tenth, MiB",
+                    ends,
+                    ratios(ends, [ends[0]] * len(ends)),
+                )
+    print_rows(rows)
+    print_rows([flat])
+    if args.json:
+        result = {**environment(), "rows": [dataclasses.asdict(row) for row in [*rows, flat]]}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Make a page with tables and plots of the results.
+
+    python -m bench.report [--results FOLDER] [--output FOLDER]
+
+Exit status: 0, or 2 if there are no results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.common import Row, spread
+from tests.engine.tiny_model import ROOT
+
+RESULTS = ROOT / "bench" / "results"
+TITLES = {
+    "serving_layer": "Serving layer alone",
+    "whole_server": "Whole server",
+    "vllm": "vLLM: asking against not asking",
+    "memory": "Memory of the HTTP process",
+    "gpu": "On a GPU",
+}
+NOTES = {
+    "serving_layer": (
+        "CPU time of the handlers of `/v1/chat/completions` and `/v1/completions`, driven by "
+        "recorded engine outputs of one token a step; the cost of the recording itself is "
+        "taken off. `floor` is the time that it takes to write the digits of the ids as JSON. "
+        "`stock, tokenized again` adds one `tokenizer.encode` of the text, without the proxy "
+        "that would call it. The string-replacing patch does not touch completions."
+    ),
+    "whole_server": "`sglang.bench_serving` against a stock and a patched server in alternation.",
+    "vllm": "The same client against one vLLM server, asking for ids and not.",
+    "memory": (
+        "Growth of the resident set of the process that serves HTTP, tokenizer manager "
+        "included."
+    ),
+    "gpu": "`sglang.bench_serving` against a stock and a patched server in alternation.",
+}
+
+
+def groups(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by case and unit."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.case, row.unit), []).append(row)
+    return found
+
+
+def table(rows: list[Row]) -> list[str]:
+    """The ratio to the first variant, by variant and number of tokens, and its own figure."""
+    sizes = sorted({row.tokens for row in rows})
+    cells = {(row.variant, row.tokens): row for row in rows}
+    lines = [
+        f"| {rows[0].unit} | " + " | ".join(f"{size} tokens | ratio" for size in sizes) + " |",
+        "|---" * (1 + 2 * len(sizes)) + "|",
+    ]
+    for variant in dict.fromkeys(row.variant for row in rows):
+        line = [variant]
+        for size in sizes:
+            row = cells[variant, size]
+            line += [f"{statistics.median(row.values):.3g}", spread(row.ratios)]
+        lines.append("| " + " | ".join(line) + " |")
+    return lines
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draw the figures over the number of tokens, on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for variant in dict.fromkeys(row.variant for row in rows):
+        own = sorted((row for row in rows if row.variant == variant), key=lambda row: row.tokens)
+        axes.plot(
+            [row.tokens for row in own],
+            [statistics.median(row.values) for row in own],
+            marker="o",
+            markersize=4,
+            label=variant,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("output tokens")
+    axes.set_ylabel(rows[0].unit)
+    axes.set_title(rows[0].case)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def section(name: str, result: dict[str, Any], output: Path) -> list[str]:
+    kind = name.partition("-")[0]
+    rows = [Row(**row) for row in result["rows"]]
+    versions = ", ".join(f"{key} {result[key]}" for key in ("sglang", "torch", "python", "commit"))
+    lines = [f"## {TITLES.get(kind, kind)}", "", NOTES.get(kind, ""), ""]
+    lines += [f"{result['machine']}; {versions}.", ""]
+    for number, ((case, _), own) in enumerate(groups(rows).items()):
+        lines += [f"### {case}", "", *table(own), ""]
+        if len({row.tokens for row in own}) > 1:
+            picture = output / f"{name}-{number}.png"
+            plot(own, picture)
+            lines += [f"![{case}]({picture.name})", ""]
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of *.json")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the page")
+    args = parser.parse_args()
+    files = sorted(args.results.glob("*.json"))
+    if not files:
+        parser.error(f"no results in {args.results}: run `make bench` first")
+    args.output.mkdir(parents=True, exist_ok=True)
+    order = list(TITLES)
+    files.sort(key=lambda path: (order.index(path.stem.partition("-")[0]), path.stem))
+    lines = [
+        "# What exact ids cost",
+        "",
+        "Made by `make bench-report` from the JSON files beside it. Each cell has the median "
+        "of the rounds, then the ratio to the first line of the table, run by run: its median "
+        "and its range.",
+        "",
+    ]
+    for path in files:
+        lines += section(path.stem, json.loads(path.read_text()), args.output)
+    page = args.output / "report.md"
+    page.write_text("\n".join(lines))
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

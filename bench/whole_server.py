@@ -1,0 +1,211 @@
+"""What exact ids cost on a whole server: throughput, latencies, bytes on the wire.
+
+Runs `sglang.bench_serving` against a stock and a patched server in alternation, so that
+every ratio is between runs that were made side by side. Without --stock and --patched it
+starts both itself, on the CPU with a tiny random model.
+
+    python -m bench.whole_server [--clients 1,16,64] [--rounds 3] [--json FILE]
+    python -m bench.whole_server --stock URL --patched URL --tokenizer PATH
+    python -m bench.whole_server --only URL --tokenizer PATH --backend vllm-chat
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from bench.common import Row, environment, print_rows, ratios
+from tests.engine.server import Server
+from tests.engine.tiny_model import tiny_model_path
+
+CLIENTS = "1,16,64"
+IDS = {"return_token_ids": True}
+LOGPROBS = {"logprobs": True}
+# Variant, server, fields of the request.
+PAIR: list[tuple[str, str, dict[str, Any]]] = [
+    ("stock", "stock", {}),
+    ("patched, not asked", "patched", {}),
+    ("patched, ids", "patched", IDS),
+    ("patched, ids and logprobs", "patched", {**IDS, **LOGPROBS}),
+    ("stock, logprobs", "stock", LOGPROBS),
+]
+ONLY: list[tuple[str, str, dict[str, Any]]] = [
+    ("not asked", "only", {}),
+    ("ids", "only", IDS),
+    ("ids and logprobs", "only", {**IDS, **LOGPROBS}),
+    ("logprobs", "only", LOGPROBS),
+]
+METRICS = {
+    "output_throughput": "tokens/s",
+    "median_ttft_ms": "time to first token, ms",
+    "median_itl_ms": "inter-token latency, ms",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What bench_serving sends."""
+
+    backend: str
+    model: str
+    tokenizer: str
+    input_tokens: int
+    output_tokens: int
+    requests_per_client: int
+
+
+def bench_serving(
+    load: Load, url: str, fields: dict[str, Any], clients: int, stream: bool
+) -> dict[str, Any]:
+    """Return the metrics of one run.
+
+    Raises:
+        RuntimeError: If it fails or a request does, with the end of its output.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as output:
+        command = [sys.executable, "-m", "sglang.bench_serving", "--disable-tqdm"]
+        command += ["--backend", load.backend, "--base-url", url]
+        command += ["--model", load.model, "--tokenizer", load.tokenizer]
+        command += ["--dataset-name", "random-ids", "--random-range-ratio", "1"]
+        command += ["--random-input-len", str(load.input_tokens)]
+        command += ["--random-output-len", str(load.output_tokens)]
+        num_requests = clients * load.requests_per_client
+        command += ["--num-prompts", str(num_requests), "--max-concurrency", str(clients)]
+        command += ["--extra-request-body", json.dumps({"temperature": 0, **fields})]
+        command += ["--output-file", output.name]
+        if not stream:
+            command.append("--disable-stream")
+        # It would otherwise look the model up, and wait where there is no network.
+        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
+        lines = output.read().splitlines()
+    if result.returncode != 0 or not lines:
+        raise RuntimeError(f"bench_serving failed:\n{(result.stdout + result.stderr)[-2000:]}")
+    metrics: dict[str, Any] = json.loads(lines[-1])
+    if metrics["completed"] != num_requests:
+        raise RuntimeError(f"{url} answered {metrics['completed']} of {num_requests} requests")
+    return metrics
+
+
+def bytes_per_token(load: Load, url: str, fields: dict[str, Any], stream: bool) -> float:
+    body = {
+        "model": load.model,
+        "messages": [{"role": "user", "content": "hi"}],
+        "temperature": 0,
+        "ignore_eos": True,
+        "max_tokens": load.output_tokens,
+        "stream": stream,
+        **fields,
+    }
+    response = requests.post(f"{url}/v1/chat/completions", json=body, timeout=600)
+    response.raise_for_status()
+    return len(response.content) / load.output_tokens
+
+
+def measure(
+    variants: list[tuple[str, str, dict[str, Any]]],
+    urls: dict[str, str],
+    load: Load,
+    clients: list[int],
+    rounds: int,
+) -> list[Row]:
+    rows = []
+    for stream in (True, False):
+        mode = "streamed" if stream else "whole"
+        for num_clients in clients:
+            samples: dict[str, dict[str, list[float]]] = {}
+            for _ in range(rounds):
+                for name, server, fields in variants:
+                    metrics = bench_serving(load, urls[server], fields, num_clients, stream)
+                    for key in METRICS if stream else ["output_throughput"]:
+                        samples.setdefault(key, {}).setdefault(name, []).append(metrics[key])
+            samples["bytes"] = {
+                name: [bytes_per_token(load, urls[server], fields, stream)]
+                for name, server, fields in variants
+            }
+            for key, by_variant in samples.items():
+                base = by_variant[variants[0][0]]
+                found = [
+                    Row(
+                        case=f"chat, {mode}, {num_clients} clients",
+                        tokens=load.output_tokens,
+                        variant=name,
+                        unit=METRICS.get(key, "bytes per token"),
+                        values=values,
+                        ratios=ratios(values, base),
+                    )
+                    for name, values in by_variant.items()
+                ]
+                print_rows(found)
+                rows += found
+    return rows
+
+
+@contextlib.contextmanager
+def cpu_servers() -> Iterator[dict[str, str]]:
+    with Server("stock") as stock, Server("default") as patched:
+        yield {"stock": stock.url, "patched": patched.url}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--stock", metavar="URL", help="a running stock server")
+    parser.add_argument("--patched", metavar="URL", help="a running patched server")
+    parser.add_argument("--only", metavar="URL", help="one server: asking against not asking")
+    parser.add_argument("--backend", default="sglang-oai-chat", help="as for bench_serving")
+    parser.add_argument("--model", default="m", help="the model's name (default: m)")
+    parser.add_argument("--tokenizer", help="path of the tokenizer (default: the tiny model's)")
+    parser.add_argument("--clients", default=CLIENTS, help=f"default: {CLIENTS}")
+    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parser.add_argument("--input-tokens", type=int, default=32, help="default: 32")
+    parser.add_argument("--output-tokens", type=int, default=128, help="default: 128")
+    parser.add_argument("--requests-per-client", type=int, default=4, help="default: 4")
+    parser.add_argument("--machine", help="what runs the server, for the report")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    args = parser.parse_args()
+    if bool(args.stock) != bool(args.patched):
+        parser.error("--stock and --patched go together")
+    if args.only and args.stock:
+        parser.error("--only goes without --stock and --patched")
+    try:
+        clients = [int(item) for item in args.clients.split(",")]
+    except ValueError:
+        parser.error(f"--clients must be integers separated by commas, not {args.clients!r}")
+    load = Load(
+        backend=args.backend,
+        model=args.model,
+        tokenizer=args.tokenizer or str(tiny_model_path()),
+        input_tokens=args.input_tokens,
+        output_tokens=args.output_tokens,
+        requests_per_client=args.requests_per_client,
+    )
+    with contextlib.ExitStack() as stack:
+        if args.only:
+            variants, urls = ONLY, {"only": args.only}
+        elif args.stock:
+            variants, urls = PAIR, {"stock": args.stock, "patched": args.patched}
+        else:
+            print("starting a stock and a patched server", file=sys.stderr)
+            variants, urls = PAIR, stack.enter_context(cpu_servers())
+        rows = measure(variants, urls, load, clients, args.rounds)
+    if args.json:
+        result = {**environment(), "rows": [dataclasses.asdict(row) for row in rows]}
+        if args.machine:
+            result["machine"] = args.machine
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

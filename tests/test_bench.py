@@ -1,0 +1,78 @@
+"""The benchmarks run and their report builds. Nothing is said about time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import serving_layer, whole_server
+from tests.engine.tiny_model import ROOT
+
+SHORT = {
+    "serving_layer": ["--tokens", "8,16", "--rounds", "1"],
+    "whole_server": ["--clients", "2", "--rounds", "1", "--output-tokens", "8"],
+    "memory": ["--streams", "2", "--tokens", "16", "--requests", "10"],
+}
+
+
+def run(module: str, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"bench.{module}", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    for module, args in SHORT.items():
+        result = run(module, *args, "--json", str(folder / f"{module}.json"))
+        assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_every_variant_is_measured(results: Path) -> None:
+    rows = json.loads((results / "serving_layer.json").read_text())["rows"]
+    expected = {*serving_layer.VARIANTS, serving_layer.FLOOR}
+    for case in ("chat, streamed", "chat, whole", "completions, streamed", "completions, whole"):
+        for tokens in (8, 16):
+            found = [r for r in rows if r["case"] == case and r["tokens"] == tokens]
+            assert {row["variant"] for row in found} == expected
+            assert all(len(row["values"]) == len(row["ratios"]) == 1 for row in found)
+
+    rows = json.loads((results / "whole_server.json").read_text())["rows"]
+    assert {row["variant"] for row in rows} == {name for name, _, _ in whole_server.PAIR}
+    # Whoever asks gets more bytes; whoever does not gets what stock sends.
+    wire = {r["variant"]: r["ratios"][0] for r in rows if "streamed" in r["case"]
+            and r["unit"] == "bytes per token"}  # fmt: skip
+    assert wire["patched, ids"] > 1.02
+    assert 0.9 < wire["patched, not asked"] < 1.1
+
+
+def test_the_report_builds(results: Path, tmp_path: Path) -> None:
+    result = run("report", "--results", str(results), "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "report.md").read_text()
+    for name in serving_layer.VARIANTS:
+        assert f"| {name} |" in page
+    pictures = list(tmp_path.glob("serving_layer-*.png"))
+    assert len(pictures) == 4
+    assert all(picture.name in page for picture in pictures)
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "words"),
+    [
+        ("serving_layer", ["--tokens", "many"], ["--tokens", "'many'"]),
+        ("whole_server", ["--stock", "http://localhost:1"], ["--stock", "--patched"]),
+        ("whole_server", ["--clients", "x"], ["--clients", "'x'"]),
+        ("report", ["--results", "/nonexistent"], ["no results", "make bench"]),
+    ],
+)
+def test_bad_usage_is_refused(module: str, args: list[str], words: list[str]) -> None:
+    result = run(module, *args)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert all(word in last for word in words)

@@ -1,6 +1,10 @@
 # make wheel     build dist/sglang-*.whl
 # make test      build it, install it in an environment of its own, prove the contract
 # make check     prove that the series applies exactly and exports to the same files
+# make wheel-all | test-all | check-all           the same for every release
+# make status    what each series touches, what it shares, its upstream status
+# make pins      recompute the hashes of pins.toml
+# make port      start the series of a release: FROM=v0.5.9 TO=v0.5.23
 # make install   put the wheel over the SGLang of an environment [PYTHON=python]
 # make verify    check a model, or a running server: MODEL=path [ARGS="--url http://..."]
 # make lint      ruff and mypy, as pre-commit runs them
@@ -9,27 +13,54 @@
 # make patch-tree | patch-new | patch-refresh     work on the series as git commits
 # make clean     remove what was built
 #
-# UPSTREAM selects a release of pins.toml, ARGS is passed on.
+# UPSTREAM selects a release of pins.toml, ARGS is passed on. WHEEL_ARGS can name another
+# --python-version and --machine for the releases that have compiled extensions.
 
 UPSTREAM ?= v0.5.9
 PYTHON ?= python
 RELEASE = --release $(UPSTREAM)
+RELEASES = $(notdir $(wildcard patches/v*))
+ENV = build/env-$(UPSTREAM)
+# Read by the tests.
+export UPSTREAM
 
 wheel:
-	./build.sh $(RELEASE)
+	./build.sh $(RELEASE) $(WHEEL_ARGS)
 
 test: wheel
 	python3 tools/testenv.py $(RELEASE)
-	build/env/bin/python -m pytest $(ARGS) tests
+	$(ENV)/bin/python -m pytest $(ARGS) tests
 
 check:
 	python3 tools/series.py $(RELEASE) check
+
+check-all:
+	python3 tools/series.py --release all check
+
+wheel-all: $(addprefix wheel-,$(RELEASES))
+
+wheel-v%:
+	$(MAKE) wheel UPSTREAM=v$*
+
+test-all: $(addprefix test-,$(RELEASES))
+
+test-v%:
+	$(MAKE) test UPSTREAM=v$*
+
+status:
+	python3 tools/status.py
+
+pins:
+	python3 tools/pins.py
+
+port:
+	python3 tools/port.py --from $(FROM) --to $(TO)
 
 install:
 	python3 tools/install.py $(RELEASE) --python $(PYTHON)
 
 verify:
-	$(PYTHON) tools/verify.py --model $(MODEL) $(ARGS)
+	$(PYTHON) tools/verify.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 lint: build/lint/bin/pre-commit
 	build/lint/bin/pre-commit run --all-files
@@ -40,17 +71,17 @@ build/lint/bin/pre-commit:
 
 mutants: wheel
 	python3 tools/testenv.py $(RELEASE)
-	build/env/bin/python -m tests.break_the_patch $(ARGS)
+	$(ENV)/bin/python -m tests.break_the_patch $(ARGS)
 
 bench: wheel
 	python3 tools/testenv.py $(RELEASE)
-	build/env/bin/python -m bench.serving_layer --json bench/results/serving_layer.json
-	build/env/bin/python -m bench.whole_server --json bench/results/whole_server.json
-	build/env/bin/python -m bench.memory --json bench/results/memory.json
-	build/env/bin/python -m bench.report
+	$(ENV)/bin/python -m bench.serving_layer --json bench/results/serving_layer.json
+	$(ENV)/bin/python -m bench.whole_server --json bench/results/whole_server.json
+	$(ENV)/bin/python -m bench.memory --json bench/results/memory.json
+	$(ENV)/bin/python -m bench.report
 
 bench-report:
-	build/env/bin/python -m bench.report
+	$(ENV)/bin/python -m bench.report
 
 patch-tree:
 	python3 tools/series.py $(RELEASE) tree
@@ -64,5 +95,5 @@ patch-refresh:
 clean:
 	rm -rf build dist
 
-.PHONY: wheel test check install verify lint mutants bench bench-report patch-tree patch-new \
+.PHONY: wheel wheel-all test test-all check check-all status pins port install verify lint mutants bench bench-report patch-tree patch-new \
 	patch-refresh clean

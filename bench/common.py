@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.engine.server import STOCK
+from tests.engine.release import STOCK
 from tests.engine.tiny_model import ROOT
 
 BUILD = ROOT / "build" / "bench"

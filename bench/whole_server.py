@@ -30,6 +30,7 @@ from tests.engine.server import Server
 from tests.engine.tiny_model import tiny_model_path
 
 CLIENTS = "1,16,64"
+MODES = ["streamed", "whole"]
 IDS = {"return_token_ids": True}
 LOGPROBS = {"logprobs": True}
 # Variant, server, fields of the request.
@@ -119,10 +120,11 @@ def measure(
     load: Load,
     clients: list[int],
     rounds: int,
+    modes: list[str],
 ) -> list[Row]:
     rows = []
-    for stream in (True, False):
-        mode = "streamed" if stream else "whole"
+    for mode in modes:
+        stream = mode == "streamed"
         for num_clients in clients:
             samples: dict[str, dict[str, list[float]]] = {}
             for _ in range(rounds):
@@ -167,6 +169,7 @@ def main() -> int:
     parser.add_argument("--model", default="m", help="the model's name (default: m)")
     parser.add_argument("--tokenizer", help="path of the tokenizer (default: the tiny model's)")
     parser.add_argument("--clients", default=CLIENTS, help=f"default: {CLIENTS}")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--input-tokens", type=int, default=32, help="default: 32")
     parser.add_argument("--output-tokens", type=int, default=128, help="default: 128")
@@ -198,7 +201,7 @@ def main() -> int:
         else:
             print("starting a stock and a patched server", file=sys.stderr)
             variants, urls = PAIR, stack.enter_context(cpu_servers())
-        rows = measure(variants, urls, load, clients, args.rounds)
+        rows = measure(variants, urls, load, clients, args.rounds, args.modes)
     if args.json:
         result = {**environment(), "rows": [dataclasses.asdict(row) for row in rows]}
         if args.machine:

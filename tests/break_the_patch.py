@@ -131,7 +131,7 @@ MUTANTS: dict[str, Mutant] = {
         "srt/managers/tokenizer_manager.py",
         "tokenized_obj.input_ids, state)",
         "tokenized_obj.input_ids, dataclasses.replace(state, output_ids=[]))",
-        [PROPERTIES, "-k", "True"],
+        [PROPERTIES, "-k", "incremental"],
     ),
     "lists-of-prompts-forgotten": Mutant(
         "C7",
@@ -165,7 +165,7 @@ MUTANTS: dict[str, Mutant] = {
     "flag-ignored": Mutant(
         "C9",
         RECORDER,
-        "asked = server_args.return_token_ids",
+        "asked = default",
         "asked = False",
         [END_TO_END, "-k", "test_server_default and default_on-"],
     ),

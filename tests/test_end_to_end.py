@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import requests
 
+from tests.engine.release import NUMBER, UPSTREAM
 from tests.engine.server import Server
 from tests.engine.tiny_model import load_tokenizer
 
@@ -76,6 +77,14 @@ CASES: dict[str, dict[str, Any]] = {
     "log-probabilities only": {"max_tokens": 9, "ignore_eos": True, "logprobs": True},
 }
 
+def chooses_tool(tool_choice: Any) -> dict[str, Any]:
+    """A request whose answer has to be a tool call, in the form of the endpoint's own."""
+    if NUMBER < (0, 5, 15):
+        return says(json_call("Paris"), tool_choice=tool_choice)
+    # Later releases write the call in their own way, or refuse a second grammar.
+    return {"tool_choice": tool_choice, "max_tokens": 400}
+
+
 TOOL_CASES: dict[str, dict[str, Any]] = {
     "tool call alone": says(tool_call("Paris")),
     "text and tool call": says("Let me see. " + tool_call("東京")),
@@ -84,11 +93,8 @@ TOOL_CASES: dict[str, dict[str, Any]] = {
     "tool call cut short": says(tool_call("Paris"), max_tokens=20),
     "no tool call": says("No need."),
     "tools not to be used": says(tool_call("Paris"), tool_choice="none"),
-    "tool call required": says(json_call("Paris"), tool_choice="required"),
-    "tool named": says(
-        json_call("東京"),
-        tool_choice={"type": "function", "function": {"name": "get_weather"}},
-    ),
+    "tool call required": chooses_tool("required"),
+    "tool named": chooses_tool({"type": "function", "function": {"name": "get_weather"}}),
     "tool call with log-probabilities": says(
         "Let me see. " + tool_call("Paris"), logprobs=True, top_logprobs=2
     ),
@@ -303,17 +309,20 @@ def test_text(server: Server, name: str, path: str) -> None:
 @pytest.mark.parametrize("name", TOOL_CASES)
 @pytest.mark.parametrize("server", MODES, indirect=True)
 def test_tools(server: Server, name: str) -> None:
+    if NUMBER >= (0, 5, 23) and name in ("tool call required", "tool named"):
+        pytest.skip(f"{UPSTREAM} needs <tool_call> to be a special token of the tiny model")
     case = {"tools": [WEATHER_TOOL], **TOOL_CASES[name]}
     whole, chunks = check_both(server, CHAT, chat, case)
     choice = whole["choices"][0]
-    decoded = load_tokenizer().decode(choice["token_ids"], skip_special_tokens=True)
-    said = re.sub(r"\\(.)", r"\1", case["regex"], flags=re.DOTALL)
-    assert decoded == said[: len(decoded)]
-    assert (decoded == said) == (name != "tool call cut short")
+    if "regex" in case:
+        decoded = load_tokenizer().decode(choice["token_ids"], skip_special_tokens=True)
+        said = re.sub(r"\\(.)", r"\1", case["regex"], flags=re.DOTALL)
+        assert decoded == said[: len(decoded)]
+        assert (decoded == said) == (name != "tool call cut short")
     called = [c for chunk in chunks for c in chunk["choices"] if c["delta"].get("tool_calls")]
     expects_call = name not in ("no tool call", "tools not to be used", "tool call cut short")
     assert bool(called) >= expects_call
-    assert bool(choice["message"]["tool_calls"]) == expects_call
+    assert bool(choice["message"].get("tool_calls")) == expects_call
 
 
 @pytest.mark.clause("C2", "C3", "C4", "C5", "C7")
@@ -321,14 +330,16 @@ def test_tools(server: Server, name: str) -> None:
 @pytest.mark.parametrize("server", ["reasoning", "reasoning_interval"], indirect=True)
 def test_reasoning(server: Server, name: str) -> None:
     case = REASONING_CASES[name]
+    if NUMBER >= (0, 5, 23) and "regex" in case:
+        pytest.skip(f"{UPSTREAM} has no grammars with both llguidance and a reasoning parser")
     whole, _ = check_both(server, CHAT, chat, case)
     choice = whole["choices"][0]
     message = choice["message"]
-    assert bool(message["reasoning_content"]) == case.get("separate_reasoning", True)
+    assert bool(message.get("reasoning_content")) == case.get("separate_reasoning", True)
     if "regex" in case and "cut short" not in name:
         decoded = load_tokenizer().decode(choice["token_ids"], skip_special_tokens=True)
         assert decoded == re.sub(r"\\(.)", r"\1", case["regex"], flags=re.DOTALL)
-        assert bool(message["tool_calls"]) == ("tools" in case)
+        assert bool(message.get("tool_calls")) == ("tools" in case)
         assert ("yes" in (message["content"] or "")) == ("tools" not in case)
 
 
@@ -342,7 +353,7 @@ def test_text_and_tool_call_in_one_step(server: Server) -> None:
     )
     case = says("Hi there. " + call, tools=[WEATHER_TOOL], logprobs=True)
     whole, chunks = check_both(server, CHAT, chat, case)
-    assert whole["choices"][0]["message"]["tool_calls"]
+    assert whole["choices"][0]["message"].get("tool_calls")
     silent = [
         choice
         for chunk in chunks
@@ -521,7 +532,10 @@ def test_abort_whole(server: Server, path: str) -> None:
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("server", ["one_at_a_time"], indirect=True)
 def test_abort_in_the_queue(server: Server, path: str, streamed: bool) -> None:
-    """A request that is aborted before it ran has a prompt and an empty completion."""
+    """A request that is aborted before it ran has a prompt and an empty completion.
+
+    From v0.5.23 on, the scheduler aborts it only once it runs.
+    """
     make = chat if path == CHAT else completion
     rid = f"queued-{time.time_ns()}"
     fields = {"max_tokens": 1500, "ignore_eos": True}
@@ -538,16 +552,18 @@ def test_abort_in_the_queue(server: Server, path: str, streamed: bool) -> None:
             requests.post(server.url + "/abort_request", json={"rid": rid}, timeout=30)
         answer = pending.result()
     if streamed:
-        assert check_stream(answer, path == CHAT, {}) == {0: []}
+        ids = check_stream(answer, path == CHAT, {})[0]
         reasons = [c["finish_reason"] for chunk in answer for c in chunk["choices"]]
         prompt = answer[0].get("prompt_token_ids") or answer[0]["choices"][0]["prompt_token_ids"]
         usage = answer[-1]["usage"]
     else:
         reasons = [answer["choices"][0]["finish_reason"]]
-        assert answer["choices"][0]["token_ids"] == []
+        ids = answer["choices"][0]["token_ids"]
         prompt, usage = prompts_of(answer)[0], answer["usage"]
     assert reasons[-1] == "abort"
     assert len(prompt) == usage["prompt_tokens"]
+    assert len(ids) == usage["completion_tokens"] < 1500
+    assert not ids or NUMBER >= (0, 5, 23)
 
 
 @pytest.mark.clause("C2", "C7")
@@ -596,21 +612,21 @@ def test_64_concurrent_incremental_streams(server: Server, path: str) -> None:
         chunks = stream(server, path, body)
         return chunks, check_stream(chunks, path == CHAT, {})
 
-    with ThreadPoolExecutor(64) as pool:
-        results = list(pool.map(one, range(64)))
     tokenizer = load_tokenizer()
-    for chunks, ids in results:
-        assert len(ids[0]) == 60
-        shown = "".join(text_of(c) for chunk in chunks for c in chunk["choices"])
-        assert shown == tokenizer.decode(ids[0], skip_special_tokens=True)
-    merged = [
-        choice
-        for chunks, _ in results
-        for chunk in chunks
-        for choice in chunk["choices"]
-        if len(choice.get("token_ids", [])) > 1
-    ]
-    assert merged, "no chunk brought several ids: the load was too low to test anything"
+    merged = 0
+    # How far the HTTP side lags behind is up to the machine.
+    for _ in range(5):
+        with ThreadPoolExecutor(64) as pool:
+            results = list(pool.map(one, range(64)))
+        for chunks, ids in results:
+            assert len(ids[0]) == 60
+            shown = "".join(text_of(c) for chunk in chunks for c in chunk["choices"])
+            assert shown == tokenizer.decode(ids[0], skip_special_tokens=True)
+            choices = [choice for chunk in chunks for choice in chunk["choices"]]
+            merged += sum(len(choice.get("token_ids", [])) > 1 for choice in choices)
+        if merged:
+            return
+    raise AssertionError("no chunk brought several ids: the load was too low to test anything")
 
 
 @pytest.mark.clause("C9")

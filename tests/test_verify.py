@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.release import NUMBER
 from tests.engine.server import BASE_FLAGS, ROOT, Server
 from tests.engine.tiny_model import tiny_model_path
 
@@ -43,6 +44,9 @@ def test_fails_on_a_stock_server(server: Server, tmp_path: Path) -> None:
     assert result.returncode == 1, result.stdout + result.stderr
     verdicts = {c["check"]: c["verdict"] for c in json.loads(report.read_text())["checks"]}
     assert verdicts.pop("false means none") == "PASS"
+    if NUMBER >= (0, 5, 23):
+        # Its completions have the ids already.
+        verdicts = {check: v for check, v in verdicts.items() if "completions" not in check}
     assert set(verdicts.values()) == {"FAIL"}
 
 

@@ -1,7 +1,9 @@
 """Build the patched wheel of a release.
 
 Pristine source, the series, upstream's own PEP 517 build, and then a wheel written with
-fixed order, times and modes, so that the same inputs give the same bytes anywhere.
+fixed order, times and modes, so that the same inputs give the same bytes anywhere. For a
+release that has only wheels, with compiled extensions inside, the patched files go into
+the stock wheel instead of being built.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from pathlib import Path
 from releases import (
     BUILD,
     DIST,
+    Artefact,
     Release,
     ToolError,
     build_requirements,
     extract_source,
+    fetch,
     git_environment,
     load_release,
     run,
@@ -42,8 +46,8 @@ ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 SOURCE_DATE_EPOCH = "315532800"
 
 NOTICE = """\
-This is SGLang {version}, a modified version of SGLang {upstream} (commit
-{commit}), which is licensed under the Apache License, Version 2.0; see LICENSE.
+This is SGLang {version}, a modified version of SGLang {upstream}, {source},
+which is licensed under the Apache License, Version 2.0; see LICENSE.
 
 It was modified by applying a series of patches. They are by:
 
@@ -128,7 +132,7 @@ def notice_of(release: Release, patches: list[Patch]) -> str:
     return NOTICE.format(
         version=release.local_version,
         upstream=release.version,
-        commit=release.commit,
+        source=f"commit {release.commit}" if release.commit else "as released on PyPI",
         authors="\n".join(f"  {author}" for author in sorted(authors)),
         files="\n".join(f"  {file}" for file in packaged_files(patches)),
     )
@@ -166,20 +170,56 @@ def write_wheel(path: Path, entries: dict[str, bytes]) -> None:
     unfinished.replace(path)
 
 
-def build(release: Release) -> Path:
-    """Build the wheel of a release into dist/ and return it."""
-    wheel = release.built_wheel
+def read_wheel(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {i.filename: archive.read(i) for i in archive.infolist() if not i.is_dir()}
+
+
+def patch_stock_wheel(
+    release: Release, stock: Artefact, tree: Path, patches: list[Patch]
+) -> dict[str, bytes]:
+    """Return the files of a stock wheel with those of the series and the version replaced."""
+    entries = read_wheel(fetch(release, stock))
+    for file in packaged_files(patches):
+        path = tree / "python" / file
+        if path.exists():
+            entries[file] = path.read_bytes()
+        else:
+            del entries[file]
+    old, new = (f"sglang-{v}.dist-info/" for v in (release.version, release.local_version))
+    entries = {n.replace(old, new, 1) if n.startswith(old) else n: entries[n] for n in entries}
+    for name in (f"{new}METADATA", "sglang/_version.py"):
+        if name in entries:
+            entries[name] = with_version(entries[name].decode(), release).encode()
+    return entries
+
+
+def with_version(text: str, release: Release) -> str:
+    """Return the text of METADATA or _version.py with the version of our build."""
+    own = re.escape(release.version)
+    text = re.sub(rf"(?m)^(Version: ){own}$", rf"\g<1>{release.local_version}", text, count=1)
+    return re.sub(
+        r"(?m)^(__version__ = version = ')[^']+(')$", rf"\g<1>{release.local_version}\g<2>", text
+    )
+
+
+def build(release: Release, python: str | None = None, machine: str | None = None) -> Path:
+    """Build the wheel of a release for a Python and a machine into dist/ and return it."""
+    stock = release.stock_wheel(python, machine)
+    wheel = release.built_wheel(python, machine)
     # A wheel of an earlier series must not be taken for that of this one.
     wheel.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         extract_source(release, scratch / "source")
         patches = apply_series(release, scratch / "source")
-        built = build_upstream_wheel(release, scratch / "source", scratch / "wheel")
-        if built.name != wheel.name:
-            raise ToolError(f"the build gave {built.name} instead of {wheel.name}")
-        with zipfile.ZipFile(built) as archive:
-            entries = {i.filename: archive.read(i) for i in archive.infolist() if not i.is_dir()}
+        if release.sdist is None:
+            entries = patch_stock_wheel(release, stock, scratch / "source", patches)
+        else:
+            built = build_upstream_wheel(release, scratch / "source", scratch / "wheel")
+            if built.name != wheel.name:
+                raise ToolError(f"the build gave {built.name} instead of {wheel.name}")
+            entries = read_wheel(built)
         info = f"sglang-{release.local_version}.dist-info"
         manifest = json.dumps(manifest_of(release, patches), indent=2) + "\n"
         entries[f"{info}/PATCHES.json"] = manifest.encode()
@@ -191,10 +231,12 @@ def build(release: Release) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--release", help="a release of pins.toml (default: its default)")
+    parser.add_argument("--python-version", help="e.g. 3.12 (default: this Python's)")
+    parser.add_argument("--machine", help="e.g. aarch64 (default: this machine's)")
     args = parser.parse_args()
     start = time.monotonic()
     try:
-        wheel = build(load_release(args.release))
+        wheel = build(load_release(args.release), args.python_version, args.machine)
     except ToolError as e:
         print(f"build: {e}", file=sys.stderr)
         return 1

@@ -9,16 +9,17 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from releases import ROOT, Release, ToolError, load_release, run, say
 
 # Runs in the other environment: says which SGLang is there and what was changed in it.
 INSPECT = """
-import base64, hashlib, importlib.metadata as metadata, json, sys
+import base64, hashlib, importlib.metadata as metadata, json, platform, sys
 try:
     found = metadata.distribution("sglang")
 except metadata.PackageNotFoundError:
-    sys.exit(print(json.dumps({"version": None})))
+    sys.exit(print(json.dumps({"version": None, "python": None, "machine": None})))
 def is_changed(file):
     if file.hash is None or file.hash.mode != "sha256":
         return False
@@ -30,17 +31,19 @@ def is_changed(file):
 url = json.loads(found.read_text("direct_url.json") or "{}")
 print(json.dumps({
     "version": found.version,
+    "python": "%d.%d" % sys.version_info[:2],
+    "machine": platform.machine(),
     "editable": bool(url.get("dir_info", {}).get("editable")),
     "changed": [str(file) for file in found.files or [] if is_changed(file)],
 }))
 """
 
 
-def check_environment(release: Release, python: str) -> None:
-    """Check that the wheel may replace what is there.
+def wheel_for(release: Release, python: str) -> Path:
+    """Return the built wheel that may replace what is there.
 
     Raises:
-        ToolError: If it may not.
+        ToolError: If there is none or it may not.
     """
     found = json.loads(run([python, "-c", INSPECT]))
     if found["version"] is None:
@@ -56,6 +59,10 @@ def check_environment(release: Release, python: str) -> None:
             f"the sglang of {python} has local changes, in {len(found['changed'])} files: "
             f"{found['changed'][0]}"
         )
+    wheel = release.built_wheel(found["python"], found["machine"])
+    if not wheel.exists():
+        raise ToolError(f"there is no {wheel.relative_to(ROOT)}: run `make wheel`")
+    return wheel
 
 
 def main() -> int:
@@ -67,10 +74,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         release = load_release(args.release)
-        wheel = release.built_wheel
-        if not wheel.exists():
-            raise ToolError(f"there is no {wheel.relative_to(ROOT)}: run `make wheel`")
-        check_environment(release, args.python)
+        wheel = wheel_for(release, args.python)
         say(f"installing {wheel.name}")
         command = [args.python, "-m", "pip", "install", "--no-deps", "--force-reinstall"]
         status = subprocess.run([*command, str(wheel)]).returncode

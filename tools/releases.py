@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +33,12 @@ class Artefact:
     file: str
     sha256: str
 
+    @property
+    def tags(self) -> tuple[str, str, str]:
+        """The Python, ABI and platform tags of a wheel."""
+        python, abi, platform_ = self.file.removesuffix(".whl").split("-")[-3:]
+        return python, abi, platform_
+
 
 @dataclasses.dataclass(frozen=True)
 class Release:
@@ -40,15 +48,17 @@ class Release:
         name: The tag, e.g. "v0.5.9".
         version: The version on PyPI, e.g. "0.5.9".
         revision: The number of our build, counted from 1.
-        commit: The commit of the tag.
+        commit: The commit of the tag, None if it is not known.
+        sdist: The source, None for a release that has only wheels.
+        wheels: The stock wheels: one for all, or one for each Python and machine.
     """
 
     name: str
     version: str
     revision: int
-    commit: str
-    sdist: Artefact
-    wheel: Artefact
+    commit: str | None
+    sdist: Artefact | None
+    wheels: tuple[Artefact, ...]
 
     @property
     def local_version(self) -> str:
@@ -62,9 +72,38 @@ class Release:
     def build(self) -> Path:
         return BUILD / self.name
 
+    def stock_wheel(self, python: str | None = None, machine: str | None = None) -> Artefact:
+        """Return the stock wheel for a Python and a machine.
+
+        Args:
+            python: E.g. "3.11"; None for the one that runs this.
+            machine: E.g. "x86_64"; None for this one.
+
+        Raises:
+            ToolError: If there is none.
+        """
+        python = python or f"{sys.version_info.major}.{sys.version_info.minor}"
+        machine = machine or platform.machine()
+        for wheel in self.wheels:
+            tag, _, platform_ = wheel.tags
+            if platform_ == "any" or (
+                tag == f"cp{python.replace('.', '')}" and platform_.endswith(f"_{machine}")
+            ):
+                return wheel
+        known = [f"{tag[2]}.{tag[3:]} on {p.split('_', 3)[3]}" for tag, _, p in self.tags]
+        raise ToolError(
+            f"{self.name} has no stock wheel for Python {python} on {machine}; "
+            f"there are wheels for {', '.join(known)}"
+        )
+
     @property
-    def built_wheel(self) -> Path:
-        return DIST / f"sglang-{self.local_version}-py3-none-any.whl"
+    def tags(self) -> list[tuple[str, str, str]]:
+        return [wheel.tags for wheel in self.wheels]
+
+    def built_wheel(self, python: str | None = None, machine: str | None = None) -> Path:
+        """Return where the patched wheel for a Python and a machine is built."""
+        stock = self.stock_wheel(python, machine)
+        return DIST / stock.file.replace(f"-{self.version}-", f"-{self.local_version}-", 1)
 
 
 def read_pins() -> dict[str, object]:
@@ -91,9 +130,16 @@ def load_release(name: str | None) -> Release:
     if name not in releases:
         raise ToolError(f"unknown release {name!r}; known: {', '.join(releases)}")
     fields = dict(releases[name])
-    for kind in ("sdist", "wheel"):
-        fields[kind] = Artefact(**fields[kind])
-    return Release(name=name, **fields)
+    wheels = tuple(Artefact(file, sha256) for file, sha256 in fields.pop("wheels").items())
+    sdist = Artefact(**fields.pop("sdist")) if "sdist" in fields else None
+    commit = fields.pop("commit", None)
+    return Release(name=name, commit=commit, sdist=sdist, wheels=wheels, **fields)
+
+
+def release_names() -> list[str]:
+    releases = read_pins()["releases"]
+    assert isinstance(releases, dict)
+    return list(releases)
 
 
 def say(line: str) -> None:
@@ -158,12 +204,18 @@ def fetch(release: Release, artefact: Artefact) -> Path:
     path = BUILD / "downloads" / artefact.file
     if not path.exists():
         say(f"downloading {artefact.file}")
-        kind = "--only-binary=:all:" if artefact.file.endswith(".whl") else "--no-binary=sglang"
+        kind = ["--no-binary=sglang"]
+        if artefact.file.endswith(".whl"):
+            kind = ["--only-binary=:all:"]
+            python, abi, platform_ = artefact.tags
+            if platform_ != "any":
+                kind += [f"--python-version={python.removeprefix('cp')}", "--implementation=cp"]
+                kind += [f"--abi={abi}", f"--platform={platform_}"]
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             requirement = f"sglang=={release.version}"
             run(
-                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind]
+                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind]
                 + ["--disable-pip-version-check", "--dest", folder, requirement]
             )
             downloaded = Path(folder) / artefact.file
@@ -208,32 +260,59 @@ def submodule_is_checked_out(release: Release) -> bool:
 def extract_source(release: Release, target: Path) -> None:
     """Put upstream's pristine `python/` folder into `target`, which must be new.
 
-    The source is the submodule where it is checked out, and the sdist otherwise. Both
-    give the same files.
+    The source is the submodule where the release has an sdist and the submodule is
+    checked out, and the sdist otherwise; both give the same files. For a release that
+    has only wheels it is the package of a stock wheel.
     """
     target.mkdir(parents=True)
-    if submodule_is_checked_out(release):
-        say(f"source: the submodule at {release.commit[:12]}")
-        archive = target / "source.tar"
-        run(
-            ["git", "archive", "--format=tar", f"--output={archive}", release.commit]
-            + ["python", *ROOT_FILES],
-            cwd=submodule_path(),
-            env=git_environment(),
-        )
-        with tarfile.open(archive) as tar:
-            tar.extractall(target, filter="data")
-        archive.unlink()
-        for name in ROOT_FILES:
-            (target / name).replace(target / "python" / name)
-        return
+    if release.sdist is None:
+        extract_package(release, target)
+    elif submodule_is_checked_out(release):
+        extract_submodule(release, target)
+    else:
+        extract_sdist(fetch(release, release.sdist), target)
 
-    path = fetch(release, release.sdist)
-    say(f"source: {release.sdist.file}")
+
+def extract_package(release: Release, target: Path) -> None:
+    # Which of them does not matter: the Python files are the same in all.
+    try:
+        stock = release.stock_wheel()
+    except ToolError:
+        stock = release.wheels[0]
+    path = fetch(release, stock)
+    say(f"source: {stock.file}")
+    with zipfile.ZipFile(path) as archive:
+        names = [n for n in archive.namelist() if n.startswith("sglang/") and is_source(n)]
+        archive.extractall(target / "python", names)
+
+
+def is_source(name: str) -> bool:
+    return not name.endswith((".so", "/"))
+
+
+def extract_submodule(release: Release, target: Path) -> None:
+    assert release.commit is not None
+    say(f"source: the submodule at {release.commit[:12]}")
+    archive = target / "source.tar"
+    run(
+        ["git", "archive", "--format=tar", f"--output={archive}", release.commit]
+        + ["python", *ROOT_FILES],
+        cwd=submodule_path(),
+        env=git_environment(),
+    )
+    with tarfile.open(archive) as tar:
+        tar.extractall(target, filter="data")
+    archive.unlink()
+    for name in ROOT_FILES:
+        (target / name).replace(target / "python" / name)
+
+
+def extract_sdist(path: Path, target: Path) -> None:
+    say(f"source: {path.name}")
     with tarfile.open(path) as tar:
         tar.extractall(target, filter="data")
     python = target / "python"
-    (target / release.sdist.file.removesuffix(".tar.gz")).rename(python)
+    (target / path.name.removesuffix(".tar.gz")).rename(python)
     # Written by the build of the sdist; not in upstream's tree.
     for name in ("PKG-INFO", "setup.cfg", "sglang/_version.py"):
         (python / name).unlink()

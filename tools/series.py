@@ -25,6 +25,7 @@ from releases import (
     extract_source,
     git_environment,
     load_release,
+    release_names,
     require,
     run,
     say,
@@ -316,13 +317,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--release", help="a release of pins.toml (default: its default)")
+    parser.add_argument("--release", help="of pins.toml, or `all` (default: its default)")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (_, text) in COMMANDS.items():
         subparsers.add_parser(name, help=text, description=text)
     args = parser.parse_args()
     try:
-        COMMANDS[args.command][0](load_release(args.release))
+        for name in release_names() if args.release == "all" else [args.release]:
+            COMMANDS[args.command][0](load_release(name))
     except ToolError as e:
         print(f"series: {e}", file=sys.stderr)
         return 1

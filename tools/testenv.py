@@ -1,61 +1,78 @@
-"""Make the environment that the tests run in.
+"""Make the environment that the tests of a release run in.
 
 It holds the patched wheel, what the CPU engine of SGLang imports, the clients, and
-pytest, in build/env. The stock wheel is unpacked beside it, to be put in front of the
-patched one with PYTHONPATH. Everything is made once and kept until a pin changes.
+pytest, in build/env-<release>. The stock wheel is unpacked beside it, to be put in front
+of the patched one with PYTHONPATH. Everything is made once and kept until a pin changes.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import shutil
 import sys
+import tempfile
 import venv
 import zipfile
 from pathlib import Path
 
 from releases import BUILD, ROOT, Release, ToolError, fetch, load_release, run, say, sha256_of
 
-ENV = BUILD / "env"
-REQUIREMENTS = ROOT / "tests" / "requirements.txt"
-STANDINS = ROOT / "tests" / "engine" / "standins.py"
+TESTS = ROOT / "tests"
+STANDINS = TESTS / "engine" / "standins.py"
 # Installed with its dependencies: which ones it has depends on the build that pip finds.
 TORCH = "torch==2.13.0"
 
 
-def pip(*args: str) -> None:
-    python = str(ENV / "bin" / "python")
+def requirements_of(release: Release) -> str:
+    """Return the pins of a release: the common ones, and its own in their place."""
+    pins: dict[str, str] = {}
+    for path in (TESTS / "requirements.txt", TESTS / f"requirements-{release.name}.txt"):
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in lines:
+            if line and not line.startswith("#"):
+                name = line.partition("==")[0]
+                pins[re.sub("[-_.]+", "-", name).lower()] = line
+    return "".join(f"{line}\n" for line in pins.values())
+
+
+def pip(env: Path, *args: str) -> None:
+    python = str(env / "bin" / "python")
     run([python, "-m", "pip", "--quiet", "--disable-pip-version-check", *args])
 
 
-def make_environment() -> None:
-    """Make build/env unless it is there and up to date."""
-    stamp = ENV / "stamp"
-    inputs = hashlib.sha256(TORCH.encode() + sys.version.encode() + REQUIREMENTS.read_bytes())
-    if not (stamp.exists() and stamp.read_text() == inputs.hexdigest()):
-        say("making build/env")
-        shutil.rmtree(ENV, ignore_errors=True)
-        venv.create(ENV, with_pip=True, symlinks=True)
+def make_environment(release: Release, env: Path) -> None:
+    """Make the environment unless it is there and up to date."""
+    stamp = env / "stamp"
+    requirements = requirements_of(release)
+    inputs = hashlib.sha256(f"{TORCH}\n{sys.version}\n{requirements}".encode()).hexdigest()
+    if not (stamp.exists() and stamp.read_text() == inputs):
+        say(f"making {env.relative_to(ROOT)}")
+        shutil.rmtree(env, ignore_errors=True)
+        venv.create(env, with_pip=True, symlinks=True)
         say(f"installing {TORCH}")
-        pip("install", TORCH)
-        say(f"installing {len(REQUIREMENTS.read_text().splitlines())} packages")
-        pip("install", "--no-deps", "--requirement", str(REQUIREMENTS))
-        stamp.write_text(inputs.hexdigest())
-    [site] = (ENV / "lib").glob("python*/site-packages")
+        pip(env, "install", TORCH)
+        say(f"installing {len(requirements.splitlines())} packages")
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.write(requirements)
+            file.flush()
+            pip(env, "install", "--no-deps", "--requirement", file.name)
+        stamp.write_text(inputs)
+    [site] = (env / "lib").glob("python*/site-packages")
     shutil.copy(STANDINS, site / "cpu_engine_standins.py")
     (site / "cpu_engine_standins.pth").write_text("import cpu_engine_standins\n")
 
 
-def install_wheel(wheel: Path) -> None:
+def install_wheel(env: Path, wheel: Path) -> None:
     """Install the patched wheel unless the same bytes are installed."""
-    stamp = ENV / "wheel-stamp"
+    stamp = env / "wheel-stamp"
     digest = sha256_of(wheel)
     if stamp.exists() and stamp.read_text() == digest:
         return
     say(f"installing {wheel.name}")
     stamp.unlink(missing_ok=True)
-    pip("install", "--no-deps", "--force-reinstall", str(wheel))
+    pip(env, "install", "--no-deps", "--force-reinstall", str(wheel))
     stamp.write_text(digest)
 
 
@@ -64,7 +81,7 @@ def unpack_stock(release: Release) -> None:
     target = BUILD / f"stock-{release.name}"
     if target.exists():
         return
-    wheel = fetch(release, release.wheel)
+    wheel = fetch(release, release.stock_wheel())
     say(f"unpacking {wheel.name}")
     unfinished = target.with_name(f"{target.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -79,11 +96,12 @@ def main() -> int:
     args = parser.parse_args()
     try:
         release = load_release(args.release)
-        wheel = release.built_wheel
+        wheel = release.built_wheel()
         if not wheel.exists():
             raise ToolError(f"there is no {wheel.relative_to(ROOT)}: run `make wheel`")
-        make_environment()
-        install_wheel(wheel)
+        env = BUILD / f"env-{release.name}"
+        make_environment(release, env)
+        install_wheel(env, wheel)
         unpack_stock(release)
     except ToolError as e:
         print(f"testenv: {e}", file=sys.stderr)

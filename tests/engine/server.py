@@ -1,4 +1,4 @@
-"""The real SGLang server on the CPU, in a process of its own."""
+"""The real SGLang server in a process of its own: on the CPU, or with TEST_DEVICE=cuda."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from types import TracebackType
 
 import requests
 
+from tests.engine.release import NUMBER, STOCK, UPSTREAM
 from tests.engine.tiny_model import ROOT, tiny_model_path
 
-STOCK = ROOT / "build" / "stock-v0.5.9"
 START_TIMEOUT_S = 180.0
+ON_GPU = os.environ.get("TEST_DEVICE") == "cuda"
 BASE_FLAGS = [
-    "--device=cpu",
-    "--attention-backend=torch_native",
     "--grammar-backend=llguidance",
     "--skip-server-warmup",
     # An idle scheduler would otherwise keep one core busy.
@@ -28,6 +27,16 @@ BASE_FLAGS = [
     "--max-total-tokens=65536",
     "--tool-call-parser=qwen",
 ]
+if ON_GPU:
+    BASE_FLAGS += ["--attention-backend=triton", "--sampling-backend=pytorch"]
+    BASE_FLAGS += ["--mem-fraction-static=0.3", "--cuda-graph-max-bs=64"]
+    # The prefill graphs of v0.5.15.post1 failed with this model.
+    BASE_FLAGS += ["--cuda-graph-backend-prefill=disabled"]
+else:
+    BASE_FLAGS += ["--device=cpu", "--attention-backend=torch_native"]
+
+
+INCREMENTAL = "--stream-output" if NUMBER < (0, 5, 12) else "--incremental-streaming-output"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +51,9 @@ class Mode:
 
 MODES: dict[str, Mode] = {
     "default": Mode(),
-    "stream_output": Mode(("--stream-output",)),
+    "stream_output": Mode((INCREMENTAL,)),
     "stream_interval": Mode(("--stream-interval=4",)),
-    "stream_output_interval": Mode(("--stream-output", "--stream-interval=3")),
+    "stream_output_interval": Mode((INCREMENTAL, "--stream-interval=3")),
     "overlap": Mode(overlap=True),
     "workers2": Mode(("--tokenizer-worker-num=2",)),
     "retract": Mode(env=(("SGLANG_TEST_RETRACT", "1"), ("SGLANG_TEST_RETRACT_INTERVAL", "5"))),
@@ -81,14 +90,18 @@ class Server:
         self.name = name
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        logs = ROOT / "build" / "logs"
+        logs = ROOT / "build" / "logs" / UPSTREAM
         logs.mkdir(parents=True, exist_ok=True)
         self.log = logs / f"{name}.log"
         command = [sys.executable, "-m", "sglang.launch_server"]
         command += ["--model-path", str(tiny_model_path()), "--port", str(self.port)]
         command += BASE_FLAGS if mode.overlap else [*BASE_FLAGS, "--disable-overlap-schedule"]
         command += mode.flags
-        env = {**os.environ, **dict(mode.env), "SGLANG_USE_CPU_ENGINE": "1"}
+        env = {**os.environ, **dict(mode.env)}
+        if not ON_GPU:
+            env["SGLANG_USE_CPU_ENGINE"] = "1"
+        # The model is on the disk: nothing is to be looked up.
+        env["HF_HUB_OFFLINE"] = "1"
         if mode.stock:
             env["PYTHONPATH"] = str(STOCK)
         with self.log.open("w") as log:

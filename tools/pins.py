@@ -1,0 +1,115 @@
+"""Recompute the hashes of pins.toml from PyPI and compare them.
+
+Downloads every artefact of every release, checks its sha256, and that the wheels of a
+release hold the same Python files, of which the series is applied to one. With --find it
+prints the pins of a version that is not pinned yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from releases import (
+    Artefact,
+    Release,
+    ToolError,
+    fetch,
+    is_source,
+    load_release,
+    release_names,
+    run,
+    say,
+    sha256_of,
+)
+
+PYTHONS = ("310", "311", "312", "313", "314")
+MACHINES = ("x86_64", "aarch64")
+
+
+def digest_of_sources(wheel: Path) -> str:
+    """Return one hash over the package of a wheel without its compiled extensions."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            if name.startswith("sglang/") and is_source(name):
+                digest.update(name.encode() + b"\0" + archive.read(name) + b"\0")
+    return digest.hexdigest()
+
+
+def check(release: Release) -> None:
+    """Check every artefact of a release.
+
+    Raises:
+        ToolError: If one has another hash, or other Python files than the first.
+    """
+    if release.sdist is not None:
+        fetch(release, release.sdist)
+    first, *others = [fetch(release, wheel) for wheel in release.wheels]
+    for wheel in others:
+        if digest_of_sources(wheel) != digest_of_sources(first):
+            raise ToolError(f"{wheel.name} has other Python files than {first.name}")
+    count = len(release.wheels) + (release.sdist is not None)
+    print(f"{release.name}: {count} artefacts are as pinned")
+
+
+def find_wheels(version: str) -> list[Artefact]:
+    """Return the wheels of a version for every Python and machine, in order.
+
+    Raises:
+        ToolError: If there are none.
+    """
+    found: dict[str, Artefact] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for python in PYTHONS:
+            for machine in MACHINES:
+                command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+                command += ["--disable-pip-version-check", "--only-binary=:all:"]
+                command += [f"--python-version={python}", f"--abi=cp{python}"]
+                command += ["--implementation=cp"]
+                for glibc in ("2_34", "2_28", "2_17"):
+                    command += [f"--platform=manylinux_{glibc}_{machine}"]
+                try:
+                    run([*command, "--dest", folder, f"sglang=={version}"])
+                except ToolError:
+                    say(f"no wheel for Python {python} on {machine}")
+        for path in sorted(Path(folder).glob("*.whl")):
+            found[path.name] = Artefact(path.name, sha256_of(path))
+    if not found:
+        raise ToolError(f"there is no wheel of sglang {version}")
+    return list(found.values())
+
+
+def section(name: str, wheels: list[Artefact]) -> str:
+    """Return the section of pins.toml for a release that has only wheels."""
+    lines = [f'[releases."{name}"]', f'version = "{name.removeprefix("v")}"', "revision = 1"]
+    lines += ["", f'[releases."{name}".wheels]']
+    lines += [f'"{wheel.file}" = "{wheel.sha256}"' for wheel in wheels]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--release", help="only this release (default: all)")
+    parser.add_argument("--find", metavar="VERSION", help="print the pins of a new version")
+    args = parser.parse_args()
+    try:
+        if args.find:
+            print(section(f"v{args.find}", find_wheels(args.find)), end="")
+            return 0
+        for name in [args.release] if args.release else release_names():
+            check(load_release(name))
+    except ToolError as e:
+        print(f"pins: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Start the series of a new release from that of another.
+
+Pins the new release if it is not pinned, and makes build/<release>/tree: a git repository
+of the new source in which the patches of the other release are picked one by one, as
+three-way merges. Where one conflicts, git stops with markers in the files that clash:
+resolve them, `git cherry-pick --continue`, and `make patch-refresh UPSTREAM=<release>`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+
+from pins import find_wheels, section
+from releases import (
+    ROOT,
+    Release,
+    ToolError,
+    extract_source,
+    load_release,
+    release_names,
+    run,
+    say,
+)
+from series import committer_environment, make_tree, tree_of
+
+
+def pin(name: str) -> None:
+    """Add a release that has only wheels to pins.toml."""
+    say(f"looking for the wheels of {name}")
+    text = section(name, find_wheels(name.removeprefix("v")))
+    with (ROOT / "pins.toml").open("a") as file:
+        file.write(f"\n{text}")
+
+
+def port(source: Release, target: Release) -> int:
+    """Make the tree of `target` and pick the patches of `source`.
+
+    Returns:
+        How many patches are left to pick, the one that conflicts included.
+    """
+    tree = tree_of(target)
+    if tree.exists():
+        raise ToolError(f"{tree.relative_to(ROOT)} exists: remove it to start again")
+    unfinished = tree.with_name("tree.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    make_tree(source, unfinished)
+    env = committer_environment(unfinished)
+
+    def git(*args: str) -> str:
+        return run(["git", *args], cwd=unfinished, env=env)
+
+    patches = git("rev-list", "--reverse", "upstream..HEAD").split()
+    git("checkout", "--quiet", "--orphan", "port")
+    git("rm", "--quiet", "-r", "--force", ".")
+    extract_source(target, unfinished / "source.part")
+    (unfinished / "source.part" / "python").rename(unfinished / "python")
+    (unfinished / "source.part").rmdir()
+    git("add", "--all", "--force")
+    date = "--date=2000-01-01T00:00:00+0000"
+    git("commit", "--quiet", "--message=upstream", date)
+    git("tag", "--force", "upstream")
+    git("branch", "--quiet", "--force", "--move", "main")
+    unfinished.rename(tree)
+    picked = subprocess.run(
+        ["git", "-c", "merge.conflictStyle=diff3", "cherry-pick", *patches],
+        cwd=tree,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    if picked.returncode == 0:
+        return 0
+    done = int(run(["git", "rev-list", "--count", "upstream..HEAD"], cwd=tree, env=env))
+    return len(patches) - done
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--from", dest="source", required=True, metavar="RELEASE")
+    parser.add_argument("--to", dest="target", required=True, metavar="RELEASE")
+    args = parser.parse_args()
+    try:
+        source = load_release(args.source)
+        if args.target not in release_names():
+            pin(args.target)
+        target = load_release(args.target)
+        left = port(source, target)
+        tree = tree_of(target)
+        name = tree.relative_to(ROOT)
+        if not left:
+            print(f"{name}: every patch applies; run `make patch-refresh UPSTREAM={target.name}`")
+            return 0
+        status = run(["git", "status", "--short"], cwd=tree, env=committer_environment(tree))
+    except ToolError as e:
+        print(f"port: {e}", file=sys.stderr)
+        return 1
+    clashes = [line[3:] for line in status.splitlines() if line[:2] in ("UU", "AA", "DU", "UD")]
+    print(f"{name}: {left} patches left; the first of them conflicts in")
+    print("".join(f"  {path}\n" for path in clashes), end="")
+    print(
+        "Resolve the conflicts there, `git add` the files, `git cherry-pick --continue`, and in "
+        f"the end `make patch-refresh UPSTREAM={target.name}`"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

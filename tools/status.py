@@ -1,0 +1,134 @@
+"""Show, for each release, what its series touches and what it shares with the others.
+
+For each patch: the upstream files it changes and in how many lines, how many lines it
+adds in files of its own, how many of all these lines the series of the default release
+has too, and where the patch stands with upstream. Fails if a file that the series add is
+not the same in every release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections import Counter
+
+from releases import ToolError, load_release, release_names
+from series import Patch, read_series
+
+
+@dataclasses.dataclass
+class Touch:
+    """What one patch changes.
+
+    Attributes:
+        changed: Upstream files, with the number of lines removed and added.
+        added: Files of our own, with the number of lines removed and added.
+        lines: Every line removed and added, with its sign.
+    """
+
+    changed: dict[str, int]
+    added: dict[str, int]
+    lines: Counter[str]
+
+
+def touch_of(patch: Patch, own: set[str]) -> Touch:
+    """Read a patch.
+
+    Args:
+        own: Files that patches before it have added. Those of this one are put in.
+    """
+    touch = Touch({}, {}, Counter())
+    diffs = re.split(r"^diff --git ", patch.path.read_text(), flags=re.MULTILINE)[1:]
+    for diff in diffs:
+        file = re.match(r"a/(\S+) ", diff)
+        assert file is not None
+        if "\nnew file mode " in diff.partition("\n@@ ")[0]:
+            own.add(file[1])
+        hunks = diff.partition("\n@@ ")[2]
+        lines = [line for line in hunks.splitlines() if line[:1] in ("+", "-")]
+        touch.lines.update(lines)
+        (touch.added if file[1] in own else touch.changed)[file[1]] = len(lines)
+    return touch
+
+
+def own_files(patches: list[Patch]) -> dict[str, str]:
+    """Return the hash of what the series does to each file that it adds."""
+    own: set[str] = set()
+    digests: dict[str, str] = {}
+    for patch in patches:
+        touch_of(patch, own)
+        for diff in re.split(r"^diff --git ", patch.path.read_text(), flags=re.MULTILINE)[1:]:
+            file, _, body = diff.partition(" ")
+            name = file.removeprefix("a/")
+            if name in own:
+                digest = hashlib.sha256(digests.get(name, "").encode() + body.encode())
+                digests[name] = digest.hexdigest()
+    return digests
+
+
+def status(name: str, reference: Counter[str]) -> list[dict[str, object]]:
+    own: set[str] = set()
+    rows: list[dict[str, object]] = []
+    for patch in read_series(load_release(name)):
+        touch = touch_of(patch, own)
+        rows.append(
+            {
+                "release": name,
+                "patch": patch.subject,
+                "upstream_files": len(touch.changed),
+                "upstream_lines": sum(touch.changed.values()),
+                "own_lines": sum(touch.added.values()),
+                "shared_lines": (touch.lines & reference).total(),
+                "lines": touch.lines.total(),
+                "forwarded": patch.forwarded,
+            }
+        )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    try:
+        names = release_names()
+        default = read_series(load_release(None))
+        own: set[str] = set()
+        reference: Counter[str] = Counter()
+        for patch in default:
+            reference += touch_of(patch, own).lines
+        rows = [row for name in names for row in status(name, reference)]
+        expected = own_files(default)
+        different = [
+            f"{file} of {name}"
+            for name in names
+            for file, digest in own_files(read_series(load_release(name))).items()
+            if digest != expected.get(file)
+        ]
+    except ToolError as e:
+        print(f"status: {e}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print(f"{'':16} {'upstream':>14} {'our own':>8} {'shared':>9}  upstream status")
+        for name in names:
+            print(name)
+            for row in (row for row in rows if row["release"] == name):
+                touched = f"{row['upstream_lines']} in {row['upstream_files']} files"
+                shared = f"{row['shared_lines']}/{row['lines']}"
+                print(f"  {touched:>28} {row['own_lines']:>8} {shared:>9}  {row['forwarded']}")
+                print(f"    {row['patch']}")
+    for file in different:
+        print(f"status: {file} is not what the default release has", file=sys.stderr)
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

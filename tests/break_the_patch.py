@@ -50,8 +50,8 @@ MUTANTS: dict[str, Mutant] = {
     "last-id-missing": Mutant(
         "C2",
         RECORDER,
-        'choice.num_ready = meta_info["completion_tokens"]',
-        'choice.num_ready = meta_info["completion_tokens"] - bool(meta_info["finish_reason"])',
+        'meta_info.get("completion_tokens", choice.num_ready)',
+        'meta_info["completion_tokens"] - bool(meta_info["finish_reason"])',
         [PROPERTIES],
     ),
     "sent-twice": Mutant(

@@ -510,17 +510,22 @@ def test_abort_mid_stream(server: Server, path: str) -> None:
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
 @pytest.mark.parametrize("server", ["default"], indirect=True)
 def test_abort_whole(server: Server, path: str) -> None:
-    """What was generated before an abort is reported whole."""
+    """What was generated before an abort is reported whole.
+
+    On a busy machine the abort can come after the last token; then the request is sent again.
+    """
     make = chat if path == CHAT else completion
-    rid = f"abort-whole-{path.count('/')}-{time.time_ns()}"
-    body = make({"max_tokens": 1500, "ignore_eos": True, "rid": rid})
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(post, server, path, body)
-        deadline = time.monotonic() + 30
-        while not pending.done() and time.monotonic() < deadline:
-            time.sleep(0.2)
-            requests.post(server.url + "/abort_request", json={"rid": rid}, timeout=30)
-        answer = pending.result()
+    for attempt in range(5):
+        rid = f"abort-whole-{attempt}-{time.time_ns()}"
+        body = make({"max_tokens": 1500, "ignore_eos": True, "rid": rid})
+        with ThreadPoolExecutor(1) as pool:
+            pending = pool.submit(post, server, path, body)
+            while not pending.done():
+                time.sleep(0.1)
+                requests.post(server.url + "/abort_request", json={"rid": rid}, timeout=30)
+            answer = pending.result()
+        if answer["choices"][0]["finish_reason"] == "abort":
+            break
     choice = answer["choices"][0]
     assert choice["finish_reason"] == "abort"
     assert len(choice["token_ids"]) == answer["usage"]["completion_tokens"] < 1500

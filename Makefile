@@ -5,6 +5,7 @@
 # make status    what each series touches, what it shares, its upstream status
 # make pins      recompute the hashes of pins.toml
 # make port      start the series of a release: FROM=v0.5.9 TO=v0.5.23
+# make upstream-prs   the patches as pull requests to upstream, in dist/upstream
 # make install   put the wheel over the SGLang of an environment [PYTHON=python]
 # make verify    check a model, or a running server: MODEL=path [ARGS="--url http://..."]
 # make lint      ruff and mypy, as pre-commit runs them
@@ -56,6 +57,9 @@ pins:
 port:
 	python3 tools/port.py --from $(FROM) --to $(TO)
 
+upstream-prs:
+	python3 tools/pull_requests.py
+
 install:
 	python3 tools/install.py $(RELEASE) --python $(PYTHON)
 
@@ -95,5 +99,5 @@ patch-refresh:
 clean:
 	rm -rf build dist
 
-.PHONY: wheel wheel-all test test-all check check-all status pins port install verify lint mutants bench bench-report patch-tree patch-new \
+.PHONY: wheel wheel-all upstream-prs test test-all check check-all status pins port install verify lint mutants bench bench-report patch-tree patch-new \
 	patch-refresh clean

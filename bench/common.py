@@ -18,7 +18,8 @@ from tests.engine.release import STOCK
 from tests.engine.tiny_model import ROOT
 
 BUILD = ROOT / "build" / "bench"
-# The package whose module `PATCHER` patches SGLang 0.5.9 by search and replace.
+# The package whose module `PATCHER` patches this release by search and replace.
+AGENTCORE_RELEASE = "v0.5.9"
 AGENTCORE = (
     "agentcore-rl-toolkit==0.1.3 "
     "--hash=sha256:c0198173f7caa1e1b73349091d56d021834e22e7bac0a6ac32022b8360509967"

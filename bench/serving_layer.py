@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench.common import (
+    AGENTCORE_RELEASE,
     BUILD,
     Row,
     agentcore_package,
@@ -33,6 +34,7 @@ from bench.common import (
     ratios,
     stock_package,
 )
+from tests.engine.release import UPSTREAM
 
 TOKENS = "128,1024,8192,32768"
 CHARS_PER_TOKEN = 4
@@ -61,9 +63,10 @@ VARIANTS = {
     "patched, ids": Variant("patched", {"return_token_ids": True}),
     "patched, ids and logprobs": Variant("patched", {"return_token_ids": True, "logprobs": 1}),
     "stock, logprobs": Variant("stock", {"logprobs": 1}),
-    "string-replacing patch": Variant("agentcore", {}),
     "stock, tokenized again": Variant("stock", {}, encodes=True),
 }
+if UPSTREAM == AGENTCORE_RELEASE:
+    VARIANTS["string-replacing patch"] = Variant("agentcore", {})
 # The source of the outputs alone, taken off the other figures, and the least that sending
 # ids can cost.
 SOURCE, FLOOR = "source", "floor"
@@ -134,6 +137,8 @@ class Replay:
             if obj.return_logprob:
                 logprobs.extend((-1.25, i, "tool") for i in ids[len(logprobs) : n])
                 meta_info["output_token_logprobs"] = logprobs
+                # The key of later releases.
+                meta_info["output_token_logprobs_length"] = n
             yield {
                 "text": text[: CHARS_PER_TOKEN * n],
                 "output_ids": ids[:n],
@@ -147,28 +152,15 @@ def serve_jobs() -> None:
     from fastapi.responses import JSONResponse
     from fastapi.routing import serialize_response
     from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
-    from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
-    from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
-    from sglang.srt.managers.template_manager import TemplateManager
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
-    from sglang.srt.server_args import PortArgs, ServerArgs
     from starlette.responses import Response
 
-    from tests.engine.tiny_model import load_tokenizer, tiny_model_path
+    from tests.engine.handlers import make_handlers
+    from tests.engine.tiny_model import load_tokenizer
 
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    path = str(tiny_model_path())
-    server_args = ServerArgs(
-        model_path=path, device="cpu", attention_backend="torch_native", context_length=4096
-    )
-    manager = TokenizerManager(server_args, PortArgs.init_new(server_args))
-    templates = TemplateManager()
-    templates.initialize_templates(manager, path)
-    handlers = {
-        "chat": OpenAIServingChat(manager, templates),
-        "completions": OpenAIServingCompletion(manager, templates),
-    }
+    made = make_handlers("--context-length=4096")
+    handlers = {"chat": made.chat, "completions": made.completions}
     tokenizer = load_tokenizer()
 
     def build(endpoint: str, stream: bool, fields: dict[str, Any]) -> Any:
@@ -222,7 +214,7 @@ def serve_jobs() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         replay = replays.setdefault(job["num_tokens"], Replay(job["num_tokens"]))
-        manager.generate_request = replay
+        made.manager.generate_request = replay
         print(f"seconds {loop.run_until_complete(repeat(job, replay))!r}", flush=True)
 
 

@@ -298,7 +298,7 @@ def test_status_of_every_release(project: Path) -> None:
 
 @default_only
 def test_status_sees_a_module_that_differs(project: Path) -> None:
-    [patch] = (project / "patches" / "v0.5.23").glob("0002-*.patch")
+    [patch] = (project / "patches" / "v0.5.23").glob("0003-*.patch")
     edit(patch, '\n+_INDEX_KEY = \'"index":\'', '\n+_INDEX_KEY = \'"index": \'')
     status, _, err = tool(project, "status")
     assert status == 1

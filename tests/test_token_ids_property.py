@@ -19,13 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.release import NUMBER
+from tests.engine.handlers import make_handlers
 from tests.engine.server import INCREMENTAL
-from tests.engine.tiny_model import tiny_model_path
 
 PROMPT_IDS = [5, 6, 7]
-# A tokenizer manager that is collected waits for its sockets, and for ever.
-KEPT: list[Any] = []
 # Characters that occur once in a text, so that a chunk shows which steps it was made of.
 MARK = 0x4E00
 TOOL = {
@@ -236,42 +233,17 @@ class Serving:
 @pytest.fixture(scope="module", params=[False, True], ids=["cumulative", "incremental"])
 def serving(request: pytest.FixtureRequest) -> Iterator[Serving]:
     """The serving layer, with outputs that hold all ids or the new ones only."""
-    from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
-    from sglang.srt.entrypoints.openai.serving_completions import (
-        OpenAIServingCompletion,
-    )
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
-    from sglang.srt.server_args import PortArgs, prepare_server_args
-
-    if NUMBER < (0, 5, 23):
-        from sglang.srt.managers.template_manager import TemplateManager
-    else:
-        from sglang.srt.parser.template_manager import TemplateManager
-
-    path = str(tiny_model_path())
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    flags = [f"--model-path={path}", "--device=cpu", "--attention-backend=torch_native"]
-    flags += ["--tool-call-parser=qwen", "--reasoning-parser=qwen3"]
-    server_args = prepare_server_args([*flags, INCREMENTAL] if request.param else flags)
-    if NUMBER >= (0, 5, 23):
-        from sglang.srt.runtime_context import publish
-
-        publish(server_args, role="tokenizer")
-    manager = TokenizerManager(server_args, PortArgs.init_new(server_args))
-    KEPT.append(manager)
+    flags = ["--tool-call-parser=qwen", "--reasoning-parser=qwen3"]
+    handlers = make_handlers(*flags, INCREMENTAL) if request.param else make_handlers(*flags)
+    manager = handlers.manager
     # Texts of the script stand for themselves: an id decodes to its digits.
     manager.detokenize_logprob_tokens = lambda values, ids, _: [
         (value, i, str(i)) for value, i in zip(values, ids)
     ]
-    templates = TemplateManager()
-    templates.initialize_templates(manager, path)
     yield Serving(
-        loop,
-        manager,
-        ScriptedEngine(manager),
-        OpenAIServingChat(manager, templates),
-        OpenAIServingCompletion(manager, templates),
+        loop, manager, ScriptedEngine(manager), handlers.chat, handlers.completions
     )
     for task in asyncio.all_tasks(loop):
         task.cancel()

@@ -1,0 +1,97 @@
+"""The pull requests apply to upstream's tree one after the other, and their tests can fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pull_requests
+import pytest
+from releases import extract_source, load_release
+from series import committer_environment, make_repository, make_tree, read_patch, read_series
+
+from tests.engine.release import UPSTREAM
+
+pytestmark = pytest.mark.skipif(
+    UPSTREAM != pull_requests.BASE, reason=f"pull requests are for {pull_requests.BASE}"
+)
+NAMES = [folder.name for folder in pull_requests.folders()]
+
+
+def git(tree: Path, *arguments: str) -> str:
+    return pull_requests.run(["git", *arguments], tree, committer_environment(tree))
+
+
+def run_unit_tests(name: str, tree: Path) -> subprocess.CompletedProcess[str]:
+    files = pull_requests.PULL_REQUESTS / name / "files"
+    [test] = files.glob("test/registered/**/test_*.py")
+    env = {**os.environ, "PYTHONPATH": str(tree / "python"), "SGLANG_USE_CPU_ENGINE": "1"}
+    return subprocess.run(
+        [sys.executable, str(tree / test.relative_to(files))],
+        env=env,
+        cwd=tree,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("upstream")
+    pull_requests.write_pull_requests(load_release(pull_requests.BASE), target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Upstream's tree, with the lines of the documentation that the patches are next to."""
+    tree = tmp_path_factory.mktemp("tree") / "sglang"
+    extract_source(load_release(pull_requests.BASE), tree)
+    first = pull_requests.PULL_REQUESTS / "2-token-ids" / "docs.diff"
+    lines = first.read_text().splitlines()
+    [page] = [line.removeprefix("--- a/") for line in lines if line.startswith("--- ")]
+    (tree / page).parent.mkdir(parents=True)
+    context = [line[1:] for line in lines if line.startswith(" ")]
+    (tree / page).write_text("\n".join(["Another line."] * 9 + context) + "\n")
+    make_repository(tree)
+    yield tree
+
+
+# In the order of the stack: each is applied to what the one before it left.
+@pytest.mark.parametrize("name", NAMES)
+def test_applies_and_its_tests_notice(name: str, written: Path, tree: Path) -> None:
+    for file in (pull_requests.PULL_REQUESTS / name / "files").rglob("*.py"):
+        target = tree / file.relative_to(pull_requests.PULL_REQUESTS / name / "files")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    without = run_unit_tests(name, tree)
+    assert without.returncode != 0, "the tests pass without the change"
+    git(tree, "clean", "--quiet", "--force", "-d", "-x")
+
+    git(tree, "am", "--quiet", str(written / f"{name}.mbox"))
+    result = run_unit_tests(name, tree)
+    assert result.returncode == 0, result.stdout + result.stderr
+    git(tree, "clean", "--quiet", "--force", "-d", "-x")
+
+    messages = git(tree, "log", "--format=%B", "upstream..HEAD")
+    assert "Signed-off-by:" in messages and "Forwarded:" not in messages
+    assert (written / f"{name}.md").read_text().startswith("# [")
+
+
+def test_the_stack_ends_where_the_series_does(tree: Path, tmp_path: Path) -> None:
+    """What is proposed is what is proved, with the fix that the wheel does not need on top."""
+    release = load_release(pull_requests.BASE)
+    make_tree(release, tmp_path / "series")
+    [fix] = (pull_requests.PULL_REQUESTS / "1-logprobs").glob("*.patch")
+    git(tree, "apply", "--reverse", str(fix))
+    stack = pull_requests.folders()[1:]
+    proposed = [path for folder in stack for path in pull_requests.patches_of(folder, release)]
+    files = {file for path in proposed for file in read_patch(path).files}
+    assert len(files) >= 10
+    for file in files:
+        assert (tree / file).read_bytes() == (tmp_path / "series" / file).read_bytes(), file
+    own = [patch.path for patch in read_series(release) if patch.path not in proposed]
+    assert len(own) == 1 and "list the applied patches" in own[0].read_text()

@@ -1,0 +1,148 @@
+"""The patches as pull requests to upstream: one mbox each, and its text.
+
+Each folder of upstream/ is a pull request on top of the ones before it:
+
+    pull-request.md   its title and text, in upstream's form
+    series            its patches, which are beside it or in the series of the release
+    files/            tests in upstream's layout, which no wheel has
+    docs.diff         what it changes in upstream's documentation, which no wheel has
+
+Tests and documentation make the last commit of the mbox.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from releases import ROOT, Release, ToolError, extract_source, load_release, run, say
+from series import FORMAT_PATCH, committer_environment, make_repository
+
+# The newest release, the base of pull requests.
+BASE = "v0.5.23"
+PULL_REQUESTS = ROOT / "upstream"
+HEADINGS = [
+    "## Motivation",
+    "## Modifications",
+    "## Accuracy Tests",
+    "## Speed Tests and Profiling",
+    "## Checklist",
+]
+# What a series says of a patch, and upstream has no use for.
+OWN_TRAILERS = re.compile(r"^(?:Forwarded|Last-Update): .*\n", re.MULTILINE)
+
+
+def folders() -> list[Path]:
+    return sorted(path.parent for path in PULL_REQUESTS.glob("*/pull-request.md"))
+
+
+def read_text(folder: Path) -> tuple[str, str]:
+    """Return the title and the text of a pull request.
+
+    Raises:
+        ToolError: If it does not have upstream's form.
+    """
+    text = (folder / "pull-request.md").read_text()
+    title = re.match(r"# (.+)\n", text)
+    headings = re.findall(r"^## .+$", text, re.MULTILINE)
+    if title is None or headings != HEADINGS:
+        raise ToolError(
+            f"{folder.name}/pull-request.md needs a title (`# ...`) and the headings "
+            + ", ".join(HEADINGS)
+        )
+    return title[1], text
+
+
+def patches_of(folder: Path, release: Release) -> list[Path]:
+    """Return the patches of a pull request in order.
+
+    Raises:
+        ToolError: If one does not exist.
+    """
+    found = []
+    for name in (folder / "series").read_text().split():
+        candidates = [folder / name, release.patches / name]
+        path = next((path for path in candidates if path.exists()), None)
+        if path is None:
+            raise ToolError(f"{folder.name}/series lists {name}, which does not exist")
+        found.append(path)
+    return found
+
+
+def commit_patch(patch: Path, tree: Path) -> None:
+    mail = tree.with_name("patch.mbox")
+    mail.write_text(OWN_TRAILERS.sub("", patch.read_text()))
+    command = ["git", "am", "--quiet", "--committer-date-is-author-date", str(mail)]
+    run(command, cwd=tree, env=committer_environment(tree))
+
+
+def commit_files(folder: Path, title: str, tree: Path) -> None:
+    """Commit the tests of a pull request with author and date of its last patch."""
+    shutil.copytree(folder / "files", tree, dirs_exist_ok=True)
+    env = committer_environment(tree)
+    author, date = run(["git", "log", "-1", "--format=%an <%ae>%n%aI"], tree, env).splitlines()
+    env |= {"GIT_COMMITTER_DATE": date}
+    subject = re.sub(r"^\[.+?\] ", "", title)
+    has_docs = (folder / "docs.diff").exists()
+    what = "tests and documentation" if has_docs else "tests"
+    message = f"{subject}: {what}\n\nSigned-off-by: {author}\n"
+    run(["git", "add", "--all", "--force"], tree, env)
+    command = ["git", "commit", "--quiet", f"--author={author}", f"--date={date}"]
+    run([*command, f"--message={message}"], tree, env)
+
+
+def write_mbox(folder: Path, start: str, tree: Path, target: Path) -> None:
+    env = committer_environment(tree)
+    mbox = run([*FORMAT_PATCH, "--stdout", "--no-stat", "--patch", f"{start}..HEAD"], tree, env)
+    docs = folder / "docs.diff"
+    if docs.exists():
+        # The tree has no page for it to be committed to.
+        before, first, after = mbox.rpartition("\nFrom 0000")
+        head, diff, rest = after.partition("\ndiff --git ")
+        mbox = before + first + head + "\n" + docs.read_text().rstrip("\n") + diff + rest
+    target.write_text(mbox)
+
+
+def write_pull_requests(release: Release, target: Path) -> None:
+    """Write NAME.mbox and NAME.md for each pull request to `target`."""
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch) / "tree"
+        extract_source(release, tree)
+        make_repository(tree)
+        env = committer_environment(tree)
+        for folder in folders():
+            title, text = read_text(folder)
+            start = run(["git", "rev-parse", "HEAD"], tree, env).strip()
+            for patch in patches_of(folder, release):
+                commit_patch(patch, tree)
+            commit_files(folder, title, tree)
+            write_mbox(folder, start, tree, target / f"{folder.name}.mbox")
+            (target / f"{folder.name}.md").write_text(text)
+            count = run(["git", "rev-list", "--count", f"{start}..HEAD"], tree, env).strip()
+            say(f"{folder.name}: {title} ({count} commits)")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "dist" / "upstream", help="default: dist/upstream"
+    )
+    args = parser.parse_args()
+    try:
+        write_pull_requests(load_release(BASE), args.output)
+    except ToolError as e:
+        print(f"pull_requests: {e}", file=sys.stderr)
+        return 1
+    print(f"{args.output}: apply them in order with `git am`")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Streams of plain text with token ids, which are sent past the handler.
+
+python test/registered/openai_server/basic/test_token_ids_plain_text.py
+"""
+
+import json
+import unittest
+from unittest.mock import patch
+
+from sglang.srt.entrypoints.openai.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+)
+from sglang.srt.entrypoints.openai.token_ids import TokenIdRecorder
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.scripted_serving import ScriptedServingTestCase, Step, choices_of
+
+register_cpu_ci(est_time=10, suite="base-a-test-cpu")
+
+# Text that has to be escaped, is held back, or looks like a part of a chunk.
+STEPS = [
+    Step([10], "a"),
+    Step([11], '"b\\'),
+    Step([12], ""),
+    Step([13, 14], "猫\n"),
+    Step([15], '"finish_reason":null,"logprobs":null'),
+    Step([16], "c"),
+    Step([2], ""),
+]
+
+
+class TestPlainText(ScriptedServingTestCase):
+    def stream(self, request_class, **kwargs):
+        """Return the chunks, and how many of them were sent past the handler."""
+        sent = []
+        send_chunk = TokenIdRecorder._send_chunk
+
+        async def count(recorder, chunk):
+            sent.append(chunk)
+            await send_chunk(recorder, chunk)
+
+        with patch.object(TokenIdRecorder, "_send_chunk", count):
+            chunks = self.ask(request_class, [STEPS], stream=True, **kwargs)
+        return chunks, len(sent)
+
+    def without_ids(self, chunks):
+        chunks = json.loads(json.dumps(chunks))
+        for chunk in chunks:
+            del chunk["created"]
+            chunk.pop("prompt_token_ids", None)
+            for choice in chunk["choices"]:
+                choice.pop("prompt_token_ids", None)
+                choice.pop("token_ids", None)
+        return chunks
+
+    def test_chunks_are_what_the_handler_would_send(self):
+        for request_class in (ChatCompletionRequest, CompletionRequest):
+            for incremental in (False, True):
+                with self.subTest(request_class=request_class, incremental=incremental):
+                    plain, _ = self.stream(request_class, incremental=incremental)
+                    asking, num_direct = self.stream(
+                        request_class, incremental=incremental, return_token_ids=True
+                    )
+                    self.assertGreaterEqual(num_direct, 3)
+                    self.assertEqual(self.without_ids(asking), self.without_ids(plain))
+                    ids = [
+                        i for c in choices_of(asking) for i in c.get("token_ids", [])
+                    ]
+                    self.assertEqual(ids, [i for step in STEPS for i in step.ids])
+
+    def test_logprobs_line_up(self):
+        chunks, num_direct = self.stream(
+            ChatCompletionRequest,
+            return_token_ids=True,
+            logprobs=True,
+            top_logprobs=2,
+        )
+        self.assertGreaterEqual(num_direct, 3)
+        for choice in choices_of(chunks):
+            entries = (choice["logprobs"] or {}).get("content", [])
+            values = [-entry["logprob"] for entry in entries]
+            self.assertEqual(values, choice.get("token_ids", []))
+
+    def test_handler_keeps_what_is_not_plain(self):
+        tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+        usage = {"include_usage": True, "continuous_usage_stats": True}
+        for fields in (
+            {"config": {"reasoning_parser": "qwen3"}},
+            {"config": {"tool_call_parser": "qwen"}, "tools": [tool]},
+            {"stream_options": usage},
+        ):
+            with self.subTest(fields=fields):
+                _, num_direct = self.stream(
+                    ChatCompletionRequest, return_token_ids=True, **fields
+                )
+                self.assertEqual(num_direct, 0)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -10,6 +10,7 @@
 # make verify    check a model, or a running server: MODEL=path [ARGS="--url http://..."]
 # make lint      ruff and mypy, as pre-commit runs them
 # make bench     measure what ids cost, then make bench/results/report.md (bench-report)
+# make bench-vllm  what asking costs on vLLM, after make bench (3.5 GB)
 # make mutants   break the patch on purpose and see that the tests notice
 # make patch-tree | patch-new | patch-refresh     work on the series as git commits
 # make clean     remove what was built
@@ -84,6 +85,9 @@ bench: wheel
 	$(ENV)/bin/python -m bench.memory --json bench/results/memory.json
 	$(ENV)/bin/python -m bench.report
 
+bench-vllm:
+	$(ENV)/bin/python -m bench.vllm --json bench/results/vllm.json
+
 bench-report:
 	$(ENV)/bin/python -m bench.report
 
@@ -99,5 +103,5 @@ patch-refresh:
 clean:
 	rm -rf build dist
 
-.PHONY: wheel wheel-all upstream-prs test test-all check check-all status pins port install verify lint mutants bench bench-report patch-tree patch-new \
+.PHONY: wheel wheel-all upstream-prs test test-all check check-all status pins port install verify lint mutants bench bench-vllm bench-report patch-tree patch-new \
 	patch-refresh clean

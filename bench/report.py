@@ -100,7 +100,8 @@ def plot(rows: list[Row], path: Path) -> None:
 def section(name: str, result: dict[str, Any], output: Path) -> list[str]:
     kind = name.partition("-")[0]
     rows = [Row(**row) for row in result["rows"]]
-    versions = ", ".join(f"{key} {result[key]}" for key in ("sglang", "torch", "python", "commit"))
+    keys = ("vllm" if "vllm" in result else "sglang", "torch", "python", "commit")
+    versions = ", ".join(f"{key} {result[key]}" for key in keys)
     lines = [f"## {TITLES.get(kind, kind)}", "", NOTES.get(kind, ""), ""]
     lines += [f"{result['machine']}; {versions}.", ""]
     for number, ((case, _), own) in enumerate(groups(rows).items()):

@@ -30,6 +30,8 @@ from tests.engine.server import Server
 from tests.engine.tiny_model import tiny_model_path
 
 CLIENTS = "1,16,64"
+# A run of few requests measures little but its start.
+MIN_REQUESTS = 16
 MODES = ["streamed", "whole"]
 IDS = {"return_token_ids": True}
 LOGPROBS = {"logprobs": True}
@@ -81,7 +83,7 @@ def bench_serving(
         command += ["--dataset-name", "random-ids", "--random-range-ratio", "1"]
         command += ["--random-input-len", str(load.input_tokens)]
         command += ["--random-output-len", str(load.output_tokens)]
-        num_requests = clients * load.requests_per_client
+        num_requests = max(clients * load.requests_per_client, MIN_REQUESTS)
         command += ["--num-prompts", str(num_requests), "--max-concurrency", str(clients)]
         command += ["--extra-request-body", json.dumps({"temperature": 0, **fields})]
         command += ["--output-file", output.name]
@@ -127,9 +129,12 @@ def measure(
         stream = mode == "streamed"
         for num_clients in clients:
             samples: dict[str, dict[str, list[float]]] = {}
-            for _ in range(rounds):
+            # The first round warms up.
+            for round_ in range(rounds + 1):
                 for name, server, fields in variants:
                     metrics = bench_serving(load, urls[server], fields, num_clients, stream)
+                    if round_ == 0:
+                        continue
                     for key in METRICS if stream else ["output_throughput"]:
                         samples.setdefault(key, {}).setdefault(name, []).append(metrics[key])
             samples["bytes"] = {

@@ -1,8 +1,8 @@
 """Show, for each release, what its series touches and what it shares with the others.
 
 For each patch: the upstream files it changes and in how many lines, how many lines it
-adds in files of its own, how many of all these lines the series of the default release
-has too, and where the patch stands with upstream. Fails if a file that the series add is
+adds in files of its own, how many of all these lines the series of another release has
+too, and where the patch stands with upstream. Fails if a file that the series add is
 not the same in every release.
 """
 
@@ -70,7 +70,21 @@ def own_files(patches: list[Patch]) -> dict[str, str]:
     return digests
 
 
+def lines_of(name: str) -> Counter[str]:
+    """Return every line that the series of a release removes and adds."""
+    own: set[str] = set()
+    lines: Counter[str] = Counter()
+    for patch in read_series(load_release(name)):
+        lines += touch_of(patch, own).lines
+    return lines
+
+
 def status(name: str, reference: Counter[str]) -> list[dict[str, object]]:
+    """Return a row for each patch of a release.
+
+    Args:
+        reference: The lines of the other series.
+    """
     own: set[str] = set()
     rows: list[dict[str, object]] = []
     for patch in read_series(load_release(name)):
@@ -98,13 +112,15 @@ def main() -> int:
     args = parser.parse_args()
     try:
         names = release_names()
-        default = read_series(load_release(None))
-        own: set[str] = set()
-        reference: Counter[str] = Counter()
-        for patch in default:
-            reference += touch_of(patch, own).lines
-        rows = [row for name in names for row in status(name, reference)]
-        expected = own_files(default)
+        lines = {name: lines_of(name) for name in names}
+        rows = []
+        for name in names:
+            others: Counter[str] = Counter()
+            for other in names:
+                if other != name:
+                    others |= lines[other]
+            rows += status(name, others)
+        expected = own_files(read_series(load_release(None)))
         different = [
             f"{file} of {name}"
             for name in names

@@ -34,7 +34,11 @@ NOTES = {
         "`stock, tokenized again` adds one `tokenizer.encode` of the text, without the proxy "
         "that would call it. The string-replacing patch does not touch completions."
     ),
-    "whole_server": "`sglang.bench_serving` against a stock and a patched server in alternation.",
+    "whole_server": (
+        "`sglang.bench_serving` against a stock and a patched server in alternation. On a CPU "
+        "the engine takes most of the time, and on a shared machine the ratios of equal runs "
+        "spread as far as those of different ones."
+    ),
     "vllm": "The same client against one vLLM server, asking for ids and not.",
     "memory": (
         "Growth of the resident set of the process that serves HTTP, tokenizer manager "

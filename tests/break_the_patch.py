@@ -39,6 +39,9 @@ class Mutant:
     tests: list[str]
 
 
+TOKENS = "srt/entrypoints/openai/serving_tokens.py"
+TOKENS_IN_OUT = "tests/test_tokens_in_out.py"
+
 MUTANTS: dict[str, Mutant] = {
     "tokenize-again": Mutant(
         "C1",
@@ -175,6 +178,34 @@ MUTANTS: dict[str, Mutant] = {
         "return_token_ids: Optional[StrictBool]",
         "return_token_ids: Optional[bool]",
         [END_TO_END, "-k", "test_not_a_boolean"],
+    ),
+    "prompt-not-as-given": Mutant(
+        "C6",
+        "srt/entrypoints/openai/serving_chat.py",
+        "result.prompt_ids = request.input_ids",
+        "result.prompt_ids = request.input_ids[1:]",
+        ["tests/test_prompt_ids.py"],
+    ),
+    "generate-sends-twice": Mutant(
+        "C3",
+        TOKENS,
+        "end = choice.num_sent = meta_info",
+        "end = meta_info",
+        [TOKENS_IN_OUT, "-k", "those_of_completions"],
+    ),
+    "generate-logprobs-shifted": Mutant(
+        "C5",
+        TOKENS,
+        "state.output_token_logprobs[position]",
+        "state.output_token_logprobs[max(position - 1, 0)]",
+        [TOKENS_IN_OUT, "-k", "those_of_completions"],
+    ),
+    "version-one-token-early": Mutant(
+        "C1",
+        "srt/managers/weight_versions.py",
+        "len(req.output_ids) for req",
+        "max(len(req.output_ids) - 1, 0) for req",
+        ["tests/test_weight_versions.py", "-k", "middle"],
     ),
 }
 

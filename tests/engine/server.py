@@ -68,6 +68,8 @@ MODES: dict[str, Mode] = {
         ("--context-length=16384", "--max-total-tokens=700000"),
         env=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),
     ),
+    # Its weights change.
+    "weights": Mode(),
     "stock": Mode(stock=True),
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PATH = ROOT / "build" / "models" / "tiny"
+MODELS = ROOT / "build" / "models"
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -29,14 +29,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_model_path() -> Path:
-    """Return the folder of the model, and make it if there is none."""
-    if not PATH.exists():
-        unfinished = PATH.with_name(f"tiny-{os.getpid()}")
-        make(unfinished)
-        shutil.rmtree(PATH, ignore_errors=True)
-        unfinished.rename(PATH)
-    return PATH
+def tiny_model_path(seed: int = 0) -> Path:
+    """Return the folder of the model, and make it if there is none.
+
+    Args:
+        seed: Other seeds give the same model with other weights.
+    """
+    path = MODELS / (f"tiny-seed-{seed}" if seed else "tiny")
+    if not path.exists():
+        unfinished = path.with_name(f"tiny-{os.getpid()}")
+        make(unfinished, seed)
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.rename(path)
+    return path
 
 
 @functools.lru_cache
@@ -46,7 +51,7 @@ def load_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(tiny_model_path())
 
 
-def make(path: Path) -> None:
+def make(path: Path, seed: int) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -69,7 +74,7 @@ def make(path: Path) -> None:
     )
     fast.save_pretrained(path)
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     # Head size 64 is the smallest that the CPU kernels of other engines load as well.
     config = LlamaConfig(
         vocab_size=len(fast),

@@ -129,11 +129,12 @@ def measure(
         stream = mode == "streamed"
         for num_clients in clients:
             samples: dict[str, dict[str, list[float]]] = {}
-            # The first round warms up.
-            for round_ in range(rounds + 1):
+            # The first round warms up, but not for one that only tries the script.
+            num_warmups = int(rounds > 1)
+            for round_ in range(num_warmups + rounds):
                 for name, server, fields in variants:
                     metrics = bench_serving(load, urls[server], fields, num_clients, stream)
-                    if round_ == 0:
+                    if round_ < num_warmups:
                         continue
                     for key in METRICS if stream else ["output_throughput"]:
                         samples.setdefault(key, {}).setdefault(name, []).append(metrics[key])

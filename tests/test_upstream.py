@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pull_requests
 import pytest
-from releases import extract_source, load_release
+from releases import extract_source, load_release, run
 from series import committer_environment, make_repository, make_tree, read_patch, read_series
 
 from tests.engine.release import UPSTREAM
@@ -22,7 +22,7 @@ NAMES = [folder.name for folder in pull_requests.folders()]
 
 
 def git(tree: Path, *arguments: str) -> str:
-    return pull_requests.run(["git", *arguments], tree, committer_environment(tree))
+    return run(["git", *arguments], tree, committer_environment(tree))
 
 
 def run_unit_tests(name: str, tree: Path) -> subprocess.CompletedProcess[str]:
@@ -46,7 +46,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Upstream's tree, with the lines of the documentation that the patches are next to."""
     tree = tmp_path_factory.mktemp("tree") / "sglang"
     extract_source(load_release(pull_requests.BASE), tree)
@@ -57,16 +57,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     context = [line[1:] for line in lines if line.startswith(" ")]
     (tree / page).write_text("\n".join(["Another line."] * 9 + context) + "\n")
     make_repository(tree)
-    yield tree
+    return tree
 
 
 # In the order of the stack: each is applied to what the one before it left.
 @pytest.mark.parametrize("name", NAMES)
 def test_applies_and_its_tests_notice(name: str, written: Path, tree: Path) -> None:
-    for file in (pull_requests.PULL_REQUESTS / name / "files").rglob("*.py"):
-        target = tree / file.relative_to(pull_requests.PULL_REQUESTS / name / "files")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.read_bytes())
+    shutil.copytree(pull_requests.PULL_REQUESTS / name / "files", tree, dirs_exist_ok=True)
     without = run_unit_tests(name, tree)
     assert without.returncode != 0, "the tests pass without the change"
     git(tree, "clean", "--quiet", "--force", "-d", "-x")

@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 
 from releases import ToolError, load_release, release_names
 from series import Patch, read_series
@@ -42,17 +43,22 @@ def touch_of(patch: Patch, own: set[str]) -> Touch:
         own: Files that patches before it have added. Those of this one are put in.
     """
     touch = Touch({}, {}, Counter())
-    diffs = re.split(r"^diff --git ", patch.path.read_text(), flags=re.MULTILINE)[1:]
-    for diff in diffs:
-        file = re.match(r"a/(\S+) ", diff)
-        assert file is not None
-        if "\nnew file mode " in diff.partition("\n@@ ")[0]:
-            own.add(file[1])
+    for file, diff in diffs_of(patch, own):
         hunks = diff.partition("\n@@ ")[2]
         lines = [line for line in hunks.splitlines() if line[:1] in ("+", "-")]
         touch.lines.update(lines)
-        (touch.added if file[1] in own else touch.changed)[file[1]] = len(lines)
+        (touch.added if file in own else touch.changed)[file] = len(lines)
     return touch
+
+
+def diffs_of(patch: Patch, own: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield each file of a patch with its diff, and put it in `own` if the patch adds it."""
+    for diff in re.split(r"^diff --git ", patch.path.read_text(), flags=re.MULTILINE)[1:]:
+        name, _, body = diff.partition(" ")
+        file = name.removeprefix("a/")
+        if "\nnew file mode " in diff.partition("\n@@ ")[0]:
+            own.add(file)
+        yield file, body
 
 
 def own_files(patches: list[Patch]) -> dict[str, str]:
@@ -60,26 +66,25 @@ def own_files(patches: list[Patch]) -> dict[str, str]:
     own: set[str] = set()
     digests: dict[str, str] = {}
     for patch in patches:
-        touch_of(patch, own)
-        for diff in re.split(r"^diff --git ", patch.path.read_text(), flags=re.MULTILINE)[1:]:
-            file, _, body = diff.partition(" ")
-            name = file.removeprefix("a/")
-            if name in own:
-                digest = hashlib.sha256(digests.get(name, "").encode() + body.encode())
-                digests[name] = digest.hexdigest()
+        for file, diff in diffs_of(patch, own):
+            if file in own:
+                digest = hashlib.sha256(digests.get(file, "").encode() + diff.encode())
+                digests[file] = digest.hexdigest()
     return digests
 
 
-def lines_of(name: str) -> Counter[str]:
-    """Return every line that the series of a release removes and adds."""
+def lines_of(patches: list[Patch]) -> Counter[str]:
+    """Return every line that a series removes and adds."""
     own: set[str] = set()
     lines: Counter[str] = Counter()
-    for patch in read_series(load_release(name)):
+    for patch in patches:
         lines += touch_of(patch, own).lines
     return lines
 
 
-def status(name: str, reference: Counter[str]) -> list[dict[str, object]]:
+def status(
+    name: str, patches: list[Patch], reference: Counter[str]
+) -> list[dict[str, object]]:
     """Return a row for each patch of a release.
 
     Args:
@@ -87,7 +92,7 @@ def status(name: str, reference: Counter[str]) -> list[dict[str, object]]:
     """
     own: set[str] = set()
     rows: list[dict[str, object]] = []
-    for patch in read_series(load_release(name)):
+    for patch in patches:
         touch = touch_of(patch, own)
         rows.append(
             {
@@ -112,19 +117,20 @@ def main() -> int:
     args = parser.parse_args()
     try:
         names = release_names()
-        lines = {name: lines_of(name) for name in names}
+        series = {name: read_series(load_release(name)) for name in names}
+        lines = {name: lines_of(series[name]) for name in names}
         rows = []
         for name in names:
             others: Counter[str] = Counter()
             for other in names:
                 if other != name:
                     others |= lines[other]
-            rows += status(name, others)
-        expected = own_files(read_series(load_release(None)))
+            rows += status(name, series[name], others)
+        expected = own_files(series[load_release(None).name])
         different = [
             f"{file} of {name}"
             for name in names
-            for file, digest in own_files(read_series(load_release(name))).items()
+            for file, digest in own_files(series[name]).items()
             if digest != expected.get(file)
         ]
     except ToolError as e:

@@ -9,7 +9,6 @@ resolve them, `git cherry-pick --continue`, and `make patch-refresh UPSTREAM=<re
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 
@@ -24,7 +23,7 @@ from releases import (
     run,
     say,
 )
-from series import committer_environment, make_tree, tree_of
+from series import committer_environment, start_tree, tree_of
 
 
 def pin(name: str) -> None:
@@ -42,11 +41,7 @@ def port(source: Release, target: Release) -> int:
         How many patches are left to pick, the one that conflicts included.
     """
     tree = tree_of(target)
-    if tree.exists():
-        raise ToolError(f"{tree.relative_to(ROOT)} exists: remove it to start again")
-    unfinished = tree.with_name("tree.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    make_tree(source, unfinished)
+    unfinished = start_tree(tree, source)
     env = committer_environment(unfinished)
 
     def git(*args: str) -> str:

@@ -268,14 +268,23 @@ def existing_tree(release: Release) -> Path:
     return tree
 
 
-def command_tree(release: Release) -> None:
-    tree = tree_of(release)
+def start_tree(tree: Path, release: Release) -> Path:
+    """Make the repository of a release next to `tree`, to be renamed to it when it is done.
+
+    Raises:
+        ToolError: If `tree` exists.
+    """
     if tree.exists():
         raise ToolError(f"{tree.relative_to(ROOT)} exists: remove it to start again")
     unfinished = tree.with_name("tree.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     make_tree(release, unfinished)
-    unfinished.rename(tree)
+    return unfinished
+
+
+def command_tree(release: Release) -> None:
+    tree = tree_of(release)
+    start_tree(tree, release).rename(tree)
     print(f"{tree.relative_to(ROOT)}: edit and commit there, then run `make patch-refresh`")
 
 

@@ -13,8 +13,8 @@ import requests
 from tests.engine.release import UPSTREAM
 from tests.engine.server import Server
 from tests.engine.tiny_model import tiny_model_path
-from tests.test_end_to_end import post
-from tests.test_tokens_in_out import GENERATE, generate, join
+from tests.test_end_to_end import CHAT, COMPLETIONS, post
+from tests.test_tokens_in_out import GENERATE, generate
 
 pytestmark = [
     pytest.mark.skipif(
@@ -25,6 +25,19 @@ pytestmark = [
 # So many that they take longer than whatever may hold up a request to pause.
 NUM_TOKENS = 1200
 PROMPT = [70, 71, 72, 73]
+ENDPOINTS = [GENERATE, CHAT, COMPLETIONS]
+
+
+def body_for(endpoint: str, max_tokens: int, n: int = 1) -> dict[str, Any]:
+    """A request for the same ids on any of the endpoints."""
+    if endpoint == GENERATE:
+        return generate(PROMPT, max_tokens=max_tokens, n=n)
+    params = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "n": n}
+    if endpoint == COMPLETIONS:
+        return {"model": "m", "prompt": PROMPT, "return_token_ids": True, **params}
+    messages = [{"role": "user", "content": "hi"}]
+    fields = {"messages": messages, "input_ids": PROMPT, "return_token_ids": True}
+    return {"model": "m", **fields, **params}
 
 
 def control(server: Server, path: str, **body: Any) -> requests.Response:
@@ -52,8 +65,9 @@ def first_label(server: Server) -> None:
 class Running:
     """A streamed request that can be waited for while it runs."""
 
-    def __init__(self, server: Server, body: dict[str, Any]):
-        self.server, self.body = server, body
+    def __init__(self, server: Server, endpoint: str, **fields: Any):
+        self.url = server.url + endpoint
+        self.body = {**body_for(endpoint, **fields), "stream": True}
         self.chunks: list[dict[str, Any]] = []
         self.num_tokens = 0
         self.grown = threading.Condition()
@@ -61,24 +75,32 @@ class Running:
         self.thread.start()
 
     def read(self) -> None:
-        body = {**self.body, "stream": True}
-        url = self.server.url + GENERATE
-        with requests.post(url, json=body, timeout=300, stream=True) as response:
+        with requests.post(self.url, json=self.body, timeout=300, stream=True) as response:
             for line in response.iter_lines():
                 if line and line != b"data: [DONE]":
                     with self.grown:
                         self.chunks.append(json.loads(line.removeprefix(b"data: ")))
                         choices = self.chunks[-1]["choices"]
-                        self.num_tokens += sum(len(c["token_ids"]) for c in choices)
+                        self.num_tokens += sum(len(c.get("token_ids", [])) for c in choices)
                         self.grown.notify_all()
 
     def wait_for(self, num_tokens: int) -> None:
         with self.grown:
             assert self.grown.wait_for(lambda: self.num_tokens >= num_tokens, 60)
 
-    def finish(self) -> dict[int, dict[str, Any]]:
+    def finish(self) -> dict[int, tuple[list[int], list[dict[str, Any]]]]:
+        """The ids of each choice, and the versions that its last chunk alone has."""
         self.thread.join()
-        return join(self.chunks)
+        ids: dict[int, list[int]] = {}
+        versions: dict[int, list[dict[str, Any]]] = {}
+        for chunk in self.chunks:
+            for choice in chunk["choices"]:
+                index = choice["index"]
+                ids.setdefault(index, []).extend(choice.get("token_ids", []))
+                if choice.get("weight_versions") is not None:
+                    assert choice["finish_reason"] is not None and index not in versions
+                    versions[index] = choice["weight_versions"]
+        return {index: (ids[index], versions[index]) for index in ids}
 
 
 def fresh(server: Server, prompt: list[int], num_tokens: int) -> list[int]:
@@ -103,28 +125,30 @@ def expected(server: Server, before: list[int]) -> list[int]:
     return before
 
 
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
-@pytest.mark.parametrize("label", ["with the update", "by itself"])
+@pytest.mark.parametrize("label", ["with the update", "by itself", "before the update"])
 def test_an_update_in_the_middle(
-    server: Server, expected: list[int], mode: str, label: str
+    server: Server, expected: list[int], endpoint: str, mode: str, label: str
 ) -> None:
-    running = Running(server, generate(PROMPT, max_tokens=NUM_TOKENS))
+    running = Running(server, endpoint, max_tokens=NUM_TOKENS)
     running.wait_for(30)
     assert control(server, "/pause_generation", mode=mode).ok
     # The cache cannot be flushed under requests that keep theirs.
     fields: dict[str, Any] = {"flush_cache": mode == "retract"}
     if label == "with the update":
         fields["weight_version"] = "1"
+    # It would otherwise abort what is running.
+    set_label = {"new_version": "1", "abort_all_requests": False}
+    if label == "before the update":
+        assert control(server, "/update_weight_version", **set_label).ok
     answer = load_weights(server, 1, **fields)
     assert answer.ok and answer.json()["success"], answer.text
     if label == "by itself":
-        # It would abort what is running.
-        keep = {"abort_all_requests": False}
-        assert control(server, "/update_weight_version", new_version="1", **keep).ok
+        assert control(server, "/update_weight_version", **set_label).ok
     assert control(server, "/continue_generation").ok
-    [choice] = running.finish().values()
+    [(ids, spans)] = running.finish().values()
 
-    ids, spans = choice["token_ids"], choice["weight_versions"]
     assert len(ids) == NUM_TOKENS
     first = spans[0]["end"]
     assert first >= 30
@@ -132,8 +156,6 @@ def test_an_update_in_the_middle(
         {"version": "0", "start": 0, "end": first},
         {"version": "1", "start": first, "end": NUM_TOKENS},
     ]
-    chunks = running.chunks
-    assert not any(c["choices"][0]["weight_versions"] for c in chunks[:-1])
 
     # Neither a token less nor a token more than the old weights made.
     assert ids[:first] == expected[:first]
@@ -143,8 +165,9 @@ def test_an_update_in_the_middle(
         assert ids[first:] != expected[first:]
 
 
-def test_several_updates_and_choices(server: Server) -> None:
-    running = Running(server, generate(PROMPT, max_tokens=NUM_TOKENS, n=3))
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_several_updates_and_choices(server: Server, endpoint: str) -> None:
+    running = Running(server, endpoint, max_tokens=NUM_TOKENS, n=3)
     for version in ("1", "2"):
         running.wait_for(60 * int(version))
         assert control(server, "/pause_generation", mode="retract").ok
@@ -154,18 +177,18 @@ def test_several_updates_and_choices(server: Server) -> None:
         assert control(server, "/continue_generation").ok
     choices = running.finish()
     assert sorted(choices) == [0, 1, 2]
-    for choice in choices.values():
-        spans = choice["weight_versions"]
+    for ids, spans in choices.values():
         assert [span["version"] for span in spans] == ["0", "1", "2"]
-        assert spans[0]["start"] == 0 and spans[-1]["end"] == len(choice["token_ids"])
+        assert spans[0]["start"] == 0 and spans[-1]["end"] == len(ids)
         assert all(a["end"] == b["start"] for a, b in zip(spans, spans[1:]))
 
 
-def test_whole_responses_have_them_too(server: Server) -> None:
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_whole_responses_have_them_too(server: Server, endpoint: str) -> None:
     answers: list[dict[str, Any]] = []
-    body = generate(PROMPT, max_tokens=3000)
-    thread = threading.Thread(target=lambda: answers.append(post(server, GENERATE, body)))
-    watched = Running(server, body)
+    body = body_for(endpoint, max_tokens=3000)
+    thread = threading.Thread(target=lambda: answers.append(post(server, endpoint, body)))
+    watched = Running(server, endpoint, max_tokens=3000)
     thread.start()
     watched.wait_for(50)
     assert control(server, "/pause_generation", mode="retract").ok
@@ -179,16 +202,28 @@ def test_whole_responses_have_them_too(server: Server) -> None:
     assert spans[-1]["end"] == len(choice["token_ids"]) == 3000
 
 
-def test_without_an_update_there_is_one_version(server: Server) -> None:
-    [choice] = post(server, GENERATE, generate(PROMPT))["choices"]
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_without_an_update_there_is_one_version(server: Server, endpoint: str) -> None:
+    body = body_for(endpoint, max_tokens=16)
+    [choice] = post(server, endpoint, body)["choices"]
     assert choice["weight_versions"] == [{"version": "0", "start": 0, "end": 16}]
     assert load_weights(server, 1, weight_version="later").ok
-    [choice] = post(server, GENERATE, generate(PROMPT))["choices"]
+    [choice] = post(server, endpoint, body)["choices"]
     assert choice["weight_versions"] == [{"version": "later", "start": 0, "end": 16}]
 
 
+def test_who_does_not_ask_gets_none(server: Server) -> None:
+    for endpoint in (CHAT, COMPLETIONS):
+        body = {**body_for(endpoint, max_tokens=16), "return_token_ids": False}
+        assert "weight_versions" not in str(post(server, endpoint, body))
+    params = {"max_new_tokens": 16, "ignore_eos": True}
+    answer = post(server, "/generate", {"input_ids": PROMPT, "sampling_params": params})
+    assert answer["meta_info"]["weight_version"] == "0"
+    assert "weight_versions" not in answer["meta_info"]
+
+
 def test_an_update_that_fails_changes_nothing(server: Server, expected: list[int]) -> None:
-    running = Running(server, generate(PROMPT, max_tokens=NUM_TOKENS))
+    running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
     running.wait_for(30)
     assert control(server, "/pause_generation", mode="in_place").ok
     answer = control(
@@ -200,6 +235,6 @@ def test_an_update_that_fails_changes_nothing(server: Server, expected: list[int
     )
     assert answer.status_code == 400 and not answer.json()["success"]
     assert control(server, "/continue_generation").ok
-    [choice] = running.finish().values()
-    assert choice["token_ids"] == expected
-    assert choice["weight_versions"] == [{"version": "0", "start": 0, "end": NUM_TOKENS}]
+    [(ids, spans)] = running.finish().values()
+    assert ids == expected
+    assert spans == [{"version": "0", "start": 0, "end": NUM_TOKENS}]

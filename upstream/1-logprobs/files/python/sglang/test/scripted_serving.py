@@ -35,6 +35,7 @@ class Step:
 
     ids: List[int]
     text: str
+    meta_info: Dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class ScriptedTokenizerManager:
@@ -103,6 +104,7 @@ class ScriptedTokenizerManager:
             "cached_tokens": 0,
             "weight_version": "default",
             "finish_reason": self.finish_reason if is_last else None,
+            **step.meta_info,
         }
         if obj.return_logprob:
             for i in step.ids:

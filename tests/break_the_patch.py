@@ -41,6 +41,9 @@ class Mutant:
 
 TOKENS = "srt/entrypoints/openai/serving_tokens.py"
 TOKENS_IN_OUT = "tests/test_tokens_in_out.py"
+ALL_OR_NOTHING = "srt/weight_sync/all_or_nothing.py"
+ROUTES = "srt/entrypoints/trainer_routes.py"
+TRAINER_ROUTES = "tests/test_trainer_routes.py"
 
 MUTANTS: dict[str, Mutant] = {
     "tokenize-again": Mutant(
@@ -206,6 +209,48 @@ MUTANTS: dict[str, Mutant] = {
         "len(req.output_ids) for req",
         "max(len(req.output_ids) - 1, 0) for req",
         ["tests/test_weight_versions.py", "-k", "middle"],
+    ),
+    "version-of-the-next-weights": Mutant(
+        "C1",
+        "srt/managers/weight_versions.py",
+        "if last[0] is None and num_tokens > last[1]:",
+        "if False:",
+        ["tests/test_weight_versions.py", "-k", "several"],
+    ),
+    "versions-twice": Mutant(
+        "C3",
+        RECORDER,
+        "choice.weight_versions is not None and _NO_FINISH_REASON not in tail",
+        "choice.weight_versions is not None",
+        ["tests/test_weight_versions.py", "-k", "several"],
+    ),
+    "half-an-update-kept": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "tensor.data.copy_(old_tensor)",
+        "pass",
+        [TRAINER_ROUTES, "-k", "not_loadable"],
+    ),
+    "weights-not-compared": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "error = _compare(runner, shapes)",
+        "pass",
+        [TRAINER_ROUTES, "-k", "test_bad_weights and missing"],
+    ),
+    "update-without-a-pause": Mutant(
+        "C1",
+        ROUTES,
+        "await self.manager.pause_generation(PauseGenerationReqInput(mode=mode))\n        try:",
+        "pass\n        try:",
+        [TRAINER_ROUTES, "-k", "test_a_folder"],
+    ),
+    "admin-key-not-asked-for": Mutant(
+        "C8",
+        ROUTES,
+        "auth_level(AuthLevel.ADMIN_OPTIONAL)(endpoint.__func__)",
+        "pass",
+        [TRAINER_ROUTES, "-k", "key"],
     ),
 }
 

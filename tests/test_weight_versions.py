@@ -171,9 +171,12 @@ def test_several_updates_and_choices(server: Server, endpoint: str) -> None:
     for version in ("1", "2"):
         running.wait_for(60 * int(version))
         assert control(server, "/pause_generation", mode="retract").ok
+        # What the label was changed from belongs to the tokens that are there.
+        set_label = {"new_version": version, "abort_all_requests": False}
+        assert control(server, "/update_weight_version", **set_label).ok
         # Trainers update in several parts: one after the other at the same token.
         for _ in range(2):
-            assert load_weights(server, int(version) % 2, weight_version=version).ok
+            assert load_weights(server, int(version) % 2).ok
         assert control(server, "/continue_generation").ok
     choices = running.finish()
     assert sorted(choices) == [0, 1, 2]

@@ -70,6 +70,9 @@ MODES: dict[str, Mode] = {
     ),
     # Its weights change.
     "weights": Mode(),
+    "trainer": Mode(("--enable-trainer-routes",)),
+    "trainer_too": Mode(("--enable-trainer-routes",)),
+    "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     "stock": Mode(stock=True),
 }
 

@@ -1,0 +1,420 @@
+"""Weight control by the names that trainers call: broadcasts, folders, pauses, keys."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import ServerPool
+from tests.engine.release import UPSTREAM
+from tests.engine.server import Server, free_port
+from tests.engine.tiny_model import ROOT, tiny_model_path
+from tests.engine.trainer import BAD_PARAMETER
+from tests.test_end_to_end import CHAT, post
+from tests.test_tokens_in_out import GENERATE
+from tests.test_weight_versions import NUM_TOKENS, PROMPT, Running, body_for, control, fresh
+
+pytestmark = pytest.mark.skipif(
+    UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
+)
+trainer_mode = pytest.mark.parametrize("server", ["trainer"], indirect=True)
+SHORT = 32
+ROUTES = [
+    "/pause",
+    "/resume",
+    "/reset_prefix_cache",
+    "/update_weights",
+    "/reload_weights",
+    "/init_broadcaster",
+]
+# Where BAD_PARAMETER is.
+SHARD = "model-2.safetensors"
+
+
+class Trainer:
+    """The process that broadcasts."""
+
+    def __init__(self, world_size: int, timeout: float = 60.0):
+        self.port = free_port()
+        command = [sys.executable, "-m", "tests.engine.trainer", str(self.port)]
+        self.process = subprocess.Popen(
+            [*command, str(world_size), str(timeout)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def send(self, seed: int, fault: str = "none") -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seed} {fault}\n")
+        self.process.stdin.flush()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def join(servers: list[Server], timeout: float = 60.0, by_rank: bool = False) -> Trainer:
+    """Start a trainer and have the servers join it."""
+    trainer = Trainer(len(servers), timeout)
+    answers: list[requests.Response] = []
+
+    def init(rank: int) -> None:
+        ranks = {"server_rank": rank, "num_inference_server": len(servers)}
+        if by_rank:
+            ranks = {"rank_offset": rank, "inference_world_size": len(servers)}
+        where = {"host": "127.0.0.1", "port": trainer.port, "timeout": timeout}
+        answers.append(control(servers[rank], "/init_broadcaster", **where, **ranks))
+
+    threads = [threading.Thread(target=init, args=(rank,)) for rank in range(len(servers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(answer.ok for answer in answers), [answer.text for answer in answers]
+    return trainer
+
+
+def update(servers: list[Server], **fields: Any) -> list[requests.Response]:
+    """Call /update_weights of all at once, since the broadcast waits for all."""
+    answers: dict[int, requests.Response] = {}
+
+    def call(rank: int) -> None:
+        answers[rank] = control(servers[rank], "/update_weights", **fields)
+
+    threads = [threading.Thread(target=call, args=(rank,)) for rank in range(len(servers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [answers[rank] for rank in range(len(servers))]
+
+
+def is_paused(server: Server) -> bool:
+    paused: bool = requests.get(f"{server.url}/is_paused", timeout=30).json()["is_paused"]
+    return paused
+
+
+@pytest.fixture(scope="module")
+def by_seed(servers: ServerPool) -> dict[int, list[int]]:
+    """What the weights of each seed make of the prompt, as stock's update loads them."""
+    server = servers.get("trainer")
+    ids = {}
+    for seed in (1, 2, 0):
+        path = str(tiny_model_path(seed))
+        assert control(server, "/update_weights_from_disk", model_path=path).ok
+        ids[seed] = fresh(server, PROMPT, SHORT)
+    assert len({tuple(value) for value in ids.values()}) == 3
+    return ids
+
+
+@pytest.fixture(autouse=True)
+def first_weights(server: Server) -> Iterator[None]:
+    yield
+    if server.name == "trainer":
+        control(server, "/resume")
+        path = str(tiny_model_path())
+        assert control(server, "/update_weights_from_disk", model_path=path).ok
+        assert control(server, "/update_weight_version", new_version="default").ok
+
+
+@trainer_mode
+def test_a_broadcast_to_two_servers(
+    server: Server, servers: ServerPool, by_seed: dict[int, list[int]]
+) -> None:
+    pair = [server, servers.get("trainer_too")]
+    trainer = join(pair)
+    try:
+        for server in pair:
+            assert fresh(server, PROMPT, SHORT) == by_seed[0]
+        running = [Running(server, GENERATE, max_tokens=NUM_TOKENS) for server in pair]
+        for stream in running:
+            stream.wait_for(30)
+        # As prime-rl does it.
+        for server in pair:
+            query = {"mode": "keep", "clear_cache": "false"}
+            answer = requests.post(f"{server.url}/pause", params=query, timeout=60)
+            assert answer.ok and is_paused(server)
+        trainer.send(1)
+        assert [a.status_code for a in update(pair, weight_dir="/runs/a/step_1")] == [200, 200]
+        for server in pair:
+            assert is_paused(server)
+            assert control(server, "/resume").ok and not is_paused(server)
+
+        for server, stream in zip(pair, running):
+            [(ids, spans)] = stream.finish().values()
+            assert len(ids) == NUM_TOKENS, "nothing in flight is lost"
+            assert [span["version"] for span in spans] == ["default", "step_1"]
+            boundary = spans[0]["end"]
+            # The cache was reset, so the new weights computed everything again.
+            rest = fresh(server, PROMPT + ids[:boundary], NUM_TOKENS - boundary)
+            assert ids[boundary:] == rest
+            assert fresh(server, PROMPT, SHORT) == by_seed[1]
+
+        # The next step, with requests running and nobody having paused.
+        running = [Running(server, GENERATE, max_tokens=NUM_TOKENS) for server in pair]
+        for stream in running:
+            stream.wait_for(30)
+        trainer.send(2)
+        answers = update(pair, weight_dir=None, weight_version="2", skip_prefix_cache_reset=True)
+        assert [a.status_code for a in answers] == [200, 200]
+        for server, stream in zip(pair, running):
+            [(ids, spans)] = stream.finish().values()
+            assert len(ids) == NUM_TOKENS
+            assert [span["version"] for span in spans] == ["step_1", "2"]
+            assert fresh(server, PROMPT, SHORT) == by_seed[2]
+    finally:
+        trainer.stop()
+
+
+@trainer_mode
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("missing", f"parameter {BAD_PARAMETER} is missing"),
+        ("wrong_shape", f"parameter {BAD_PARAMETER} has the shape [255, 128]"),
+        ("unknown", BAD_PARAMETER),
+        ("not_loadable", f"parameter {BAD_PARAMETER} could not be loaded"),
+    ],
+)
+def test_bad_weights_leave_the_old_ones(
+    server: Server, by_seed: dict[int, list[int]], fault: str, named: str
+) -> None:
+    trainer = join([server], by_rank=True)
+    try:
+        running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+        running.wait_for(30)
+        trainer.send(1, fault)
+        [answer] = update([server])
+        assert answer.status_code == 400 and named in answer.text
+        [(ids, spans)] = running.finish().values()
+        assert len(ids) == NUM_TOKENS and len(spans) == 1
+        assert fresh(server, PROMPT, SHORT) == by_seed[0]
+        # The trainer is still there.
+        trainer.send(1)
+        [answer] = update([server])
+        assert answer.ok, answer.text
+        assert fresh(server, PROMPT, SHORT) == by_seed[1]
+    finally:
+        trainer.stop()
+
+
+@trainer_mode
+@pytest.mark.parametrize("fault", ["dies", "falls_silent"])
+def test_a_trainer_that_is_gone(
+    server: Server, by_seed: dict[int, list[int]], fault: str
+) -> None:
+    trainer = join([server], timeout=5)
+    trainer.send(1, fault)
+    start = time.monotonic()
+    [answer] = update([server])
+    trainer.stop()
+    assert answer.status_code == 400 and "the trainer has to join again" in answer.text
+    assert time.monotonic() - start < 30
+    assert not is_paused(server)
+    assert fresh(server, PROMPT, SHORT) == by_seed[0]
+    [answer] = update([server])
+    assert answer.status_code == 400 and "/init_broadcaster" in answer.text
+
+    trainer = join([server])
+    try:
+        trainer.send(2)
+        [answer] = update([server])
+        assert answer.ok, answer.text
+        assert fresh(server, PROMPT, SHORT) == by_seed[2]
+    finally:
+        trainer.stop()
+
+
+@trainer_mode
+def test_a_trainer_that_never_comes(server: Server, by_seed: dict[int, list[int]]) -> None:
+    ranks = {"server_rank": 0, "num_inference_server": 1}
+    answer = control(
+        server, "/init_broadcaster", host="127.0.0.1", port=free_port(), timeout=2, **ranks
+    )
+    assert answer.status_code == 400
+    assert fresh(server, PROMPT, SHORT) == by_seed[0]
+
+
+@pytest.fixture
+def folder(server: Server, tmp_path: Path) -> Path:
+    """The weights of seed 1 in two files, as large checkpoints have them."""
+    # It may have had a trainer, and weights would come from there.
+    assert not control(server, "/update_weights").ok
+    folder = tmp_path / "step_7"
+    shutil.copytree(tiny_model_path(1), folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {"model-1.safetensors": names[::2], SHARD: names[1::2]}
+    for file, own in files.items():
+        save_file({name: weights[name] for name in own}, folder / file)
+    weight_map = {name: file for file, own in files.items() for name in own}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@trainer_mode
+def test_a_folder(server: Server, by_seed: dict[int, list[int]], folder: Path) -> None:
+    name = post(server, CHAT, body_for(CHAT, max_tokens=1))["model"]
+    models = requests.get(f"{server.url}/v1/models", timeout=30).json()["data"]
+    running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+    running.wait_for(30)
+    answer = control(server, "/update_weights", weight_dir=str(folder))
+    assert answer.ok and answer.json() == {"status": "ok"}
+    [(ids, spans)] = running.finish().values()
+    assert len(ids) == NUM_TOKENS and [span["version"] for span in spans][1:] == ["step_7"]
+    assert fresh(server, PROMPT, SHORT) == by_seed[1]
+    # Clients know the model by the name it had.
+    assert post(server, CHAT, body_for(CHAT, max_tokens=1))["model"] == name
+    after = requests.get(f"{server.url}/v1/models", timeout=30).json()["data"]
+    assert [model["id"] for model in after] == [model["id"] for model in models]
+
+    # Trainers remove old folders.
+    shutil.rmtree(folder)
+    assert control(server, "/update_weights", weight_dir=str(folder)).status_code == 400
+    assert fresh(server, PROMPT, SHORT) == by_seed[1]
+    assert control(server, "/reload_weights").ok
+    assert fresh(server, PROMPT, SHORT) == by_seed[0]
+
+
+def no_shard(folder: Path) -> None:
+    (folder / SHARD).unlink()
+
+
+def damaged_shard(folder: Path) -> None:
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100])
+
+
+def wrong_shape(folder: Path) -> None:
+    weights = load_file(folder / SHARD)
+    weights[BAD_PARAMETER] = weights[BAD_PARAMETER][:-1].contiguous()
+    save_file(weights, folder / SHARD)
+
+
+@trainer_mode
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (no_shard, ["parameter", "is missing", "model-2.safetensors"]),
+        (damaged_shard, ["model-2.safetensors", "damaged"]),
+        (wrong_shape, [f"parameter {BAD_PARAMETER} has the shape [255, 128]", "[256, 128]"]),
+        (shutil.rmtree, ["there is no folder"]),
+    ],
+)
+def test_a_bad_folder_leaves_the_old_weights(
+    server: Server,
+    by_seed: dict[int, list[int]],
+    folder: Path,
+    spoil: Callable[[Path], None],
+    named: list[str],
+) -> None:
+    spoil(folder)
+    running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+    running.wait_for(30)
+    answer = control(server, "/update_weights", weight_dir=str(folder))
+    assert answer.status_code == 400
+    assert all(part in answer.text for part in named), answer.text
+    [(ids, spans)] = running.finish().values()
+    assert len(ids) == NUM_TOKENS and len(spans) == 1
+    assert fresh(server, PROMPT, SHORT) == by_seed[0]
+
+
+@trainer_mode
+@pytest.mark.parametrize("mode", ["keep", "in_place", "retract", "abort", "wait"])
+def test_pause(server: Server, mode: str) -> None:
+    assert not is_paused(server)
+    num_tokens = 400 if mode == "wait" else NUM_TOKENS
+    running = Running(server, GENERATE, max_tokens=num_tokens)
+    running.wait_for(30)
+    answer = control(server, "/pause", mode=mode, clear_cache=mode != "in_place")
+    assert answer.ok and answer.json() == {"status": "paused"}
+    assert is_paused(server)
+    if mode in ("abort", "wait"):
+        [(ids, _)] = running.finish().values()
+        assert (len(ids) == num_tokens) == (mode == "wait")
+    else:
+        time.sleep(0.5)
+        seen = running.num_tokens
+        time.sleep(0.5)
+        assert running.num_tokens == seen < num_tokens
+    flushed = control(server, "/reset_prefix_cache")
+    assert flushed.ok == (mode != "in_place"), flushed.text
+
+    # A request that comes in between waits.
+    waiting = Running(server, GENERATE, max_tokens=5)
+    waiting.thread.join(0.5)
+    assert waiting.thread.is_alive()
+    assert control(server, "/resume").json() == {"status": "resumed"}
+    assert not is_paused(server)
+    [(ids, _)] = waiting.finish().values()
+    assert len(ids) == 5
+    if mode not in ("abort", "wait"):
+        [(ids, _)] = running.finish().values()
+        assert len(ids) == num_tokens
+
+
+@trainer_mode
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/pause", {"mode": "gently"}, ["mode", "keep", "clear_cache"]),
+        ("/pause", {"modus": "keep"}, ["modus", "clear_cache"]),
+        ("/pause", [1], ["JSON object"]),
+        ("/update_weights", {}, ["weight_dir", "/init_broadcaster"]),
+        ("/update_weights", {"weight_dir": 5}, ["weight_dir", "string"]),
+        ("/init_broadcaster", {"host": "localhost"}, ["port"]),
+        ("/init_broadcaster", {"host": "localhost", "port": 1}, ["server_rank", "rank_offset"]),
+        (
+            "/init_broadcaster",
+            {"host": "localhost", "port": 1, "rank_offset": 1, "inference_world_size": 1},
+            ["1 ranks", "from 1 on", "world of 1"],
+        ),
+        (
+            "/init_broadcaster",
+            {"host": "a", "port": 1, "rank_offset": 0, "inference_world_size": 1, "timeout": 0},
+            ["timeout", "greater than 0"],
+        ),
+    ],
+)
+def test_bad_input_is_named(server: Server, path: str, body: Any, named: list[str]) -> None:
+    if path == "/update_weights":
+        control(server, path)
+    answer = requests.post(server.url + path, json=body, timeout=30)
+    assert answer.status_code == 400
+    assert all(part in answer.text for part in named), answer.text
+    assert not is_paused(server)
+
+
+@pytest.mark.parametrize("server", ["default"], indirect=True)
+def test_off_by_default(server: Server) -> None:
+    for path in ROUTES:
+        assert requests.post(server.url + path, json={}, timeout=30).status_code == 404
+    assert requests.get(server.url + "/is_paused", timeout=30).status_code == 404
+
+
+@pytest.mark.parametrize("server", ["trainer_key"], indirect=True)
+def test_they_obey_the_admin_key(server: Server) -> None:
+    headers = {"Authorization": "Bearer secret"}
+    for path in ROUTES:
+        for wrong in ({}, {"Authorization": "Bearer other"}):
+            answer = requests.post(server.url + path, json={}, headers=wrong, timeout=30)
+            assert answer.status_code == 401
+    assert requests.get(server.url + "/is_paused", timeout=30).status_code == 401
+    assert requests.get(server.url + "/is_paused", headers=headers, timeout=30).ok
+    for path in ("/pause", "/reload_weights", "/resume"):
+        assert requests.post(server.url + path, headers=headers, timeout=60).ok
+    assert post(server, GENERATE, body_for(GENERATE, max_tokens=3))["choices"]

@@ -7,6 +7,7 @@
 # make port      start the series of a release: FROM=v0.5.9 TO=v0.5.23
 # make upstream-prs   the patches as pull requests to upstream, in dist/upstream
 # make install   put the wheel over the SGLang of an environment [PYTHON=python]
+# make test-vllm rollout clients against this and against vLLM (3.5 GB), after make test
 # make verify    check a model, or a running server: MODEL=path [ARGS="--url http://..."]
 # make lint      ruff and mypy, as pre-commit runs them
 # make bench     measure what ids cost, then make bench/results/report.md (bench-report)
@@ -88,6 +89,9 @@ bench: wheel
 bench-vllm:
 	$(ENV)/bin/python -m bench.vllm --json bench/results/vllm.json
 
+test-vllm:
+	TEST_VLLM=1 $(ENV)/bin/python -m pytest $(ARGS) tests/test_rollout_clients.py
+
 bench-report:
 	$(ENV)/bin/python -m bench.report
 
@@ -103,5 +107,5 @@ patch-refresh:
 clean:
 	rm -rf build dist
 
-.PHONY: wheel wheel-all upstream-prs test test-all check check-all status pins port install verify lint mutants bench bench-vllm bench-report patch-tree patch-new \
+.PHONY: wheel wheel-all upstream-prs test test-all test-vllm check check-all status pins port install verify lint mutants bench bench-vllm bench-report patch-tree patch-new \
 	patch-refresh clean

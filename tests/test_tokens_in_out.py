@@ -156,6 +156,15 @@ def test_stops(server: Server) -> None:
 
 
 @default
+def test_structured_outputs(server: Server) -> None:
+    for structured, text in (({"regex": "ab{3}c"}, "abbbc"), ({"json": {"const": "x"}}, '"x"')):
+        params = {"ignore_eos": False, "max_tokens": 60, "structured_outputs": structured}
+        [choice] = post(server, GENERATE, generate(**params))["choices"]
+        assert choice["finish_reason"] == "stop"
+        assert load_tokenizer().decode(choice["token_ids"], skip_special_tokens=True) == text
+
+
+@default
 def test_without_max_tokens_the_context_is_the_limit(server: Server) -> None:
     body = generate([7] * 4000)
     del body["sampling_params"]["max_tokens"]
@@ -176,6 +185,10 @@ def test_without_max_tokens_the_context_is_the_limit(server: Server) -> None:
         ({"token_ids": [5] * 5000}, ["5000", "4096"]),
         ({"sampling_params": {"best_of": 2, "max_tokens": 3}}, ["best_of", "stop_token_ids"]),
         ({"sampling_params": {"prompt_logprobs": 1}}, ["prompt_logprobs"]),
+        (
+            {"sampling_params": {"structured_outputs": {"grammar": "root ::= x"}}},
+            ["structured_outputs", "regex and json", "grammar"],
+        ),
         ({"sampling_params": {"temperature": -1}}, ["temperature", "-1"]),
         ({"sampling_params": {"top_p": 2}}, ["top_p", "2"]),
         ({"sampling_params": {"n": 0}}, ["n"]),
@@ -204,6 +217,8 @@ def test_bad_input_is_named(
 def test_parameters_that_are_null_are_not_asked_for(server: Server) -> None:
     """Clients send all that vLLM has."""
     body = generate(prompt_logprobs=None, bad_words=None, seed=None, stop=None)
+    # What the train client of verifiers adds to a turn that extends another.
+    body["sampling_params"]["routed_experts_prompt_start"] = 3
     body |= {"features": None, "kv_transfer_params": None, "cache_salt": None, "priority": None}
     expected = post(server, GENERATE, generate())["choices"]
     assert post(server, GENERATE, body)["choices"] == expected

@@ -47,6 +47,7 @@ class Mode:
     env: tuple[tuple[str, str], ...] = ()
     overlap: bool = False
     stock: bool = False
+    qwen: bool = False
 
 
 MODES: dict[str, Mode] = {
@@ -73,6 +74,7 @@ MODES: dict[str, Mode] = {
     "trainer": Mode(("--enable-trainer-routes",)),
     "trainer_too": Mode(("--enable-trainer-routes",)),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
+    "qwen": Mode(qwen=True),
     "stock": Mode(stock=True),
 }
 
@@ -81,6 +83,35 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def wait_until_healthy(
+    name: str, url: str, process: subprocess.Popen[bytes], log: Path
+) -> None:
+    """Wait for a server of any kind.
+
+    Raises:
+        RuntimeError: If it ends, with the end of its log.
+        TimeoutError: If it takes longer than `START_TIMEOUT_S`, likewise.
+    """
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        if process.poll() is not None:
+            raise RuntimeError(f"The {name} server ended:\n{end_of(log)}")
+        try:
+            if requests.get(f"{url}/health", timeout=10).ok:
+                return
+        except requests.RequestException:
+            pass
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"The {name} server was not healthy after {START_TIMEOUT_S:.0f} s:\n{end_of(log)}"
+            )
+        time.sleep(0.5)
+
+
+def end_of(log: Path) -> str:
+    return log.read_text(errors="replace")[-3000:]
 
 
 class Server:
@@ -99,7 +130,8 @@ class Server:
         logs.mkdir(parents=True, exist_ok=True)
         self.log = logs / f"{name}.log"
         command = [sys.executable, "-m", "sglang.launch_server"]
-        command += ["--model-path", str(tiny_model_path()), "--port", str(self.port)]
+        command += ["--model-path", str(tiny_model_path(qwen=mode.qwen))]
+        command += ["--port", str(self.port)]
         command += BASE_FLAGS if mode.overlap else [*BASE_FLAGS, "--disable-overlap-schedule"]
         command += mode.flags
         env = {**os.environ, **dict(mode.env)}
@@ -119,30 +151,13 @@ class Server:
                 start_new_session=True,
             )
         try:
-            self._wait_until_healthy()
+            wait_until_healthy(name, self.url, self.process, self.log)
         except BaseException:
             self.stop()
             raise
 
-    def _wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"The {self.name} server ended:\n{self.log_text()[-3000:]}")
-            try:
-                if requests.get(f"{self.url}/health", timeout=10).ok:
-                    return
-            except requests.RequestException:
-                pass
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"The {self.name} server was not healthy after {START_TIMEOUT_S:.0f} s:\n"
-                    f"{self.log_text()[-3000:]}"
-                )
-            time.sleep(0.5)
-
     def log_text(self) -> str:
-        return Path(self.log).read_text(errors="replace")
+        return self.log.read_text(errors="replace")
 
     def stop(self) -> None:
         try:

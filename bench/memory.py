@@ -1,7 +1,7 @@
 """What exact ids cost in memory: the resident set of the HTTP process.
 
-Two questions, on the CPU with a tiny random model: how much more it needs for many long
-streams when they ask for ids, and whether anything is kept after a request has ended.
+Two questions, on the CPU with a model of one random layer: how much more it needs for many
+long streams when they ask for ids, and whether anything is kept after a request has ended.
 
     python -m bench.memory [--streams 64] [--tokens 8192] [--requests 1000] [--json FILE]
 """
@@ -63,7 +63,8 @@ def ask(url: str, tokens: int, fields: dict[str, Any], stream: bool = True) -> N
     body = {
         "model": "m",
         "messages": [{"role": "user", "content": "hi"}],
-        "temperature": 0,
+        # The model has random weights, and would say the same token for ever.
+        "temperature": 1,
         "ignore_eos": True,
         "max_tokens": tokens,
         "stream": stream,
@@ -82,12 +83,17 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=64, help="at once (default: 64)")
     parser.add_argument("--tokens", type=int, default=8192, help="of each (default: 8192)")
     parser.add_argument("--requests", type=int, default=1000, help="one by one (default: 1000)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
 
     case = f"{args.streams} streams at once"
     rows: list[Row] = []
-    for name, fields in VARIANTS.items():
+    flat: list[Row] = []
+    for name in args.variants:
+        fields = VARIANTS[name]
         # A server of its own: memory that was freed is not always given back.
         with Server("long") as server, ThreadPoolExecutor(args.streams) as pool:
             process = psutil.Process(server.process.pid)
@@ -111,18 +117,13 @@ def main() -> int:
                     ask(server.url, 32, fields, stream=bool(i % 2))
                     if (i + 1) % max(args.requests // 10, 1) == 0:
                         ends.append(process.memory_info().rss / MIB)
-                flat = Row(
-                    f"{args.requests} requests, one by one",
-                    32,
-                    name,
-                    "resident after each tenth, MiB",
-                    ends,
-                    ratios(ends, [ends[0]] * len(ends)),
-                )
+                case_flat = f"{args.requests} requests, one by one"
+                unit = "resident after each tenth, MiB"
+                flat = [Row(case_flat, 32, name, unit, ends, ratios(ends, ends[:1] * len(ends)))]
     print_rows(rows)
-    print_rows([flat])
+    print_rows(flat)
     if args.json:
-        result = {**environment(), "rows": [dataclasses.asdict(row) for row in [*rows, flat]]}
+        result = {**environment(), "rows": [dataclasses.asdict(row) for row in [*rows, *flat]]}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -21,6 +21,7 @@ from tests.engine.tiny_model import ROOT
 RESULTS = ROOT / "bench" / "results"
 TITLES = {
     "serving_layer": "Serving layer alone",
+    "instructions": "Serving layer alone, counted",
     "whole_server": "Whole server",
     "vllm": "vLLM: asking against not asking",
     "memory": "Memory of the HTTP process",
@@ -33,6 +34,10 @@ NOTES = {
         "taken off. `floor` is the time that it takes to write the digits of the ids as JSON. "
         "`stock, tokenized again` adds one `tokenizer.encode` of the text, without the proxy "
         "that would call it. The string-replacing patch does not touch completions."
+    ),
+    "instructions": (
+        "Instructions of a streamed chunk under callgrind, which settles what times are too "
+        "noisy for. The source of the outputs is included."
     ),
     "whole_server": (
         "`sglang.bench_serving` against a stock and a patched server in alternation. On a CPU "
@@ -48,26 +53,36 @@ NOTES = {
 }
 
 
-def groups(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by case and unit."""
-    found: dict[tuple[str, str], list[Row]] = {}
+def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by case."""
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault((row.case, row.unit), []).append(row)
+        found.setdefault(row.case, []).append(row)
     return found
 
 
 def table(rows: list[Row]) -> list[str]:
-    """The ratio to the first variant, by variant and number of tokens, and its own figure."""
-    sizes = sorted({row.tokens for row in rows})
-    cells = {(row.variant, row.tokens): row for row in rows}
+    """A line for each variant: its figures and their ratios to those of the first one.
+
+    The columns are numbers of tokens, or units if there are several.
+    """
+    columns = list(dict.fromkeys((row.tokens, row.unit) for row in rows))
+    cells = {(row.variant, row.tokens, row.unit): row for row in rows}
+    units = {row.unit for row in rows}
+    if len(units) == 1:
+        corner = rows[0].unit
+        heads = [f"{tokens} tokens" for tokens, _ in columns]
+    else:
+        corner = f"{rows[0].tokens} tokens"
+        heads = [unit for _, unit in columns]
     lines = [
-        f"| {rows[0].unit} | " + " | ".join(f"{size} tokens | ratio" for size in sizes) + " |",
-        "|---" * (1 + 2 * len(sizes)) + "|",
+        f"| {corner} | " + " | ".join(f"{head} | ratio" for head in heads) + " |",
+        "|---" * (1 + 2 * len(columns)) + "|",
     ]
     for variant in dict.fromkeys(row.variant for row in rows):
         line = [variant]
-        for size in sizes:
-            row = cells[variant, size]
+        for column in columns:
+            row = cells[variant, *column]
             line += [f"{statistics.median(row.values):.3g}", spread(row.ratios)]
         lines.append("| " + " | ".join(line) + " |")
     return lines
@@ -106,9 +121,10 @@ def section(name: str, result: dict[str, Any], output: Path) -> list[str]:
     rows = [Row(**row) for row in result["rows"]]
     keys = ("vllm" if "vllm" in result else "sglang", "torch", "python", "commit")
     versions = ", ".join(f"{key} {result[key]}" for key in keys)
-    lines = [f"## {TITLES.get(kind, kind)}", "", NOTES.get(kind, ""), ""]
+    release = "" if "vllm" in result else f", {result['sglang'].partition('+')[0]}"
+    lines = [f"## {TITLES.get(kind, kind)}{release}", "", NOTES.get(kind, ""), ""]
     lines += [f"{result['machine']}; {versions}.", ""]
-    for number, ((case, _), own) in enumerate(groups(rows).items()):
+    for number, (case, own) in enumerate(groups(rows).items()):
         lines += [f"### {case}", "", *table(own), ""]
         if len({row.tokens for row in own}) > 1:
             picture = output / f"{name}-{number}.png"

@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,9 +73,13 @@ SOURCE, FLOOR = "source", "floor"
 
 
 class Worker:
-    """A process that measures variants of one package."""
+    """A process that measures variants of one package.
 
-    def __init__(self, package: str):
+    Args:
+        under: A command that runs it, such as a profiler.
+    """
+
+    def __init__(self, package: str, under: Sequence[str] = ()):
         paths = {"stock": stock_package, "agentcore": agentcore_package}
         env = dict(os.environ)
         if package in paths:
@@ -84,7 +88,7 @@ class Worker:
         BUILD.mkdir(parents=True, exist_ok=True)
         with (BUILD / f"worker-{package}.log").open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bench.serving_layer", "--worker"],
+                [*under, sys.executable, "-m", "bench.serving_layer", "--worker"],
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -93,7 +97,11 @@ class Worker:
             )
 
     def measure(self, **job: Any) -> float:
-        """Return the CPU time of one request in seconds."""
+        """Return the CPU time of one request in seconds.
+
+        Args:
+            job: What is asked, and `count` where it is to be asked so many times.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -205,7 +213,9 @@ def serve_jobs() -> None:
     async def repeat(job: dict[str, Any], replay: Replay) -> float:
         count = 0
         start = time.process_time()
-        while (spent := time.process_time() - start) < MIN_SECONDS:
+        while (spent := time.process_time() - start) < MIN_SECONDS or "count" in job:
+            if count == job.get("count"):
+                break
             await once(job, replay)
             count += 1
         return spent / count

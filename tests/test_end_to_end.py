@@ -153,7 +153,7 @@ def post(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def stream(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    body = {"stream_options": {"include_usage": True}, **body, "stream": True}
     with requests.post(server.url + path, json=body, timeout=120, stream=True) as response:
         assert response.status_code == 200, response.text
         events = [line for line in response.iter_lines() if line]

@@ -312,6 +312,7 @@ def without_ids(chunk: dict[str, Any]) -> dict[str, Any]:
     for choice in chunk["choices"]:
         choice.pop("prompt_token_ids", None)
         choice.pop("token_ids", None)
+        choice.pop("weight_versions", None)
         for call in (choice.get("delta") or {}).get("tool_calls") or []:
             call.pop("id")
     return chunk

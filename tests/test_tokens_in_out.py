@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import requests
 
+from tests import test_end_to_end
 from tests.engine.release import UPSTREAM
 from tests.engine.server import Server
 from tests.engine.tiny_model import load_tokenizer, tiny_model_path
@@ -37,12 +37,7 @@ def ask_completions(server: Server, **fields: Any) -> dict[str, Any]:
 
 
 def stream(server: Server, body: dict[str, Any]) -> list[dict[str, Any]]:
-    body = {**body, "stream": True}
-    with requests.post(server.url + GENERATE, json=body, timeout=120, stream=True) as response:
-        assert response.status_code == 200, response.text
-        events = [line for line in response.iter_lines() if line]
-    assert events.pop() == b"data: [DONE]"
-    return [json.loads(event.removeprefix(b"data: ")) for event in events]
+    return test_end_to_end.stream(server, GENERATE, {"stream_options": None, **body})
 
 
 def join(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,13 +24,17 @@ from tests.engine.tiny_model import ROOT, tiny_model_path
 from tests.engine.trainer import BAD_PARAMETER
 from tests.test_end_to_end import CHAT, post
 from tests.test_tokens_in_out import GENERATE
-from tests.test_weight_versions import NUM_TOKENS, PROMPT, Running, body_for, control, fresh
+from tests.test_weight_versions import PROMPT, Running, body_for, control, fresh
 
 pytestmark = pytest.mark.skipif(
     UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
 )
 trainer_mode = pytest.mark.parametrize("server", ["trainer"], indirect=True)
 SHORT = 32
+# So many that they take longer than whatever may hold up an update.
+LONG = 2000
+# Enough where it is all the same whether the update comes in the middle.
+MIDDLE = 300
 ROUTES = [
     "/pause",
     "/resume",
@@ -139,7 +144,7 @@ def test_a_broadcast_to_two_servers(
     try:
         for server in pair:
             assert fresh(server, PROMPT, SHORT) == by_seed[0]
-        running = [Running(server, GENERATE, max_tokens=NUM_TOKENS) for server in pair]
+        running = [Running(server, GENERATE, max_tokens=LONG) for server in pair]
         for stream in running:
             stream.wait_for(30)
         # As prime-rl does it.
@@ -155,16 +160,16 @@ def test_a_broadcast_to_two_servers(
 
         for server, stream in zip(pair, running):
             [(ids, spans)] = stream.finish().values()
-            assert len(ids) == NUM_TOKENS, "nothing in flight is lost"
+            assert len(ids) == LONG, "nothing in flight is lost"
             assert [span["version"] for span in spans] == ["default", "step_1"]
             boundary = spans[0]["end"]
             # The cache was reset, so the new weights computed everything again.
-            rest = fresh(server, PROMPT + ids[:boundary], NUM_TOKENS - boundary)
+            rest = fresh(server, PROMPT + ids[:boundary], LONG - boundary)
             assert ids[boundary:] == rest
             assert fresh(server, PROMPT, SHORT) == by_seed[1]
 
         # The next step, with requests running and nobody having paused.
-        running = [Running(server, GENERATE, max_tokens=NUM_TOKENS) for server in pair]
+        running = [Running(server, GENERATE, max_tokens=LONG) for server in pair]
         for stream in running:
             stream.wait_for(30)
         trainer.send(2)
@@ -172,7 +177,7 @@ def test_a_broadcast_to_two_servers(
         assert [a.status_code for a in answers] == [200, 200]
         for server, stream in zip(pair, running):
             [(ids, spans)] = stream.finish().values()
-            assert len(ids) == NUM_TOKENS
+            assert len(ids) == LONG
             assert [span["version"] for span in spans] == ["step_1", "2"]
             assert fresh(server, PROMPT, SHORT) == by_seed[2]
     finally:
@@ -194,13 +199,13 @@ def test_bad_weights_leave_the_old_ones(
 ) -> None:
     trainer = join([server], by_rank=True)
     try:
-        running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+        running = Running(server, GENERATE, max_tokens=MIDDLE)
         running.wait_for(30)
         trainer.send(1, fault)
         [answer] = update([server])
         assert answer.status_code == 400 and named in answer.text
         [(ids, spans)] = running.finish().values()
-        assert len(ids) == NUM_TOKENS and len(spans) == 1
+        assert len(ids) == MIDDLE and len(spans) == 1
         assert fresh(server, PROMPT, SHORT) == by_seed[0]
         # The trainer is still there.
         trainer.send(1)
@@ -222,6 +227,7 @@ def test_a_trainer_that_is_gone(
     [answer] = update([server])
     trainer.stop()
     assert answer.status_code == 400 and "the trainer has to join again" in answer.text
+    assert re.search(r"parameter model\.\S+ has not arrived", answer.text), answer.text
     assert time.monotonic() - start < 30
     assert not is_paused(server)
     assert fresh(server, PROMPT, SHORT) == by_seed[0]
@@ -271,12 +277,12 @@ def folder(server: Server, tmp_path: Path) -> Path:
 def test_a_folder(server: Server, by_seed: dict[int, list[int]], folder: Path) -> None:
     name = post(server, CHAT, body_for(CHAT, max_tokens=1))["model"]
     models = requests.get(f"{server.url}/v1/models", timeout=30).json()["data"]
-    running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+    running = Running(server, GENERATE, max_tokens=LONG)
     running.wait_for(30)
     answer = control(server, "/update_weights", weight_dir=str(folder))
     assert answer.ok and answer.json() == {"status": "ok"}
     [(ids, spans)] = running.finish().values()
-    assert len(ids) == NUM_TOKENS and [span["version"] for span in spans][1:] == ["step_7"]
+    assert len(ids) == LONG and [span["version"] for span in spans][1:] == ["step_7"]
     assert fresh(server, PROMPT, SHORT) == by_seed[1]
     # Clients know the model by the name it had.
     assert post(server, CHAT, body_for(CHAT, max_tokens=1))["model"] == name
@@ -323,13 +329,13 @@ def test_a_bad_folder_leaves_the_old_weights(
     named: list[str],
 ) -> None:
     spoil(folder)
-    running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+    running = Running(server, GENERATE, max_tokens=MIDDLE)
     running.wait_for(30)
     answer = control(server, "/update_weights", weight_dir=str(folder))
     assert answer.status_code == 400
     assert all(part in answer.text for part in named), answer.text
     [(ids, spans)] = running.finish().values()
-    assert len(ids) == NUM_TOKENS and len(spans) == 1
+    assert len(ids) == MIDDLE and len(spans) == 1
     assert fresh(server, PROMPT, SHORT) == by_seed[0]
 
 
@@ -337,7 +343,7 @@ def test_a_bad_folder_leaves_the_old_weights(
 @pytest.mark.parametrize("mode", ["keep", "in_place", "retract", "abort", "wait"])
 def test_pause(server: Server, mode: str) -> None:
     assert not is_paused(server)
-    num_tokens = 400 if mode == "wait" else NUM_TOKENS
+    num_tokens = 400 if mode == "wait" else LONG
     running = Running(server, GENERATE, max_tokens=num_tokens)
     running.wait_for(30)
     answer = control(server, "/pause", mode=mode, clear_cache=mode != "in_place")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -39,6 +40,16 @@ else:
 INCREMENTAL = "--stream-output" if NUMBER < (0, 5, 12) else "--incremental-streaming-output"
 
 
+SMALLEST_LAYERS = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Mode:
     """How a server is started."""
@@ -65,14 +76,21 @@ MODES: dict[str, Mode] = {
     "one_at_a_time": Mode(("--max-running-requests=1",)),
     "default_on": Mode(("--return-token-ids",)),
     "default_on_env": Mode(env=(("SGLANG_RETURN_TOKEN_IDS", "1"),)),
+    # Attention over long contexts would take the CPU hours with the model of the tests.
     "long": Mode(
-        ("--context-length=16384", "--max-total-tokens=700000"),
+        (
+            "--context-length=16384",
+            "--max-total-tokens=700000",
+            "--load-format=dummy",
+            f"--json-model-override-args={json.dumps(SMALLEST_LAYERS)}",
+        ),
         env=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),
     ),
     # Its weights change.
     "weights": Mode(),
-    "trainer": Mode(("--enable-trainer-routes",)),
-    "trainer_too": Mode(("--enable-trainer-routes",)),
+    # They generate at the same time, and would wait for each other's threads.
+    "trainer": Mode(("--enable-trainer-routes",), env=(("OMP_NUM_THREADS", "1"),)),
+    "trainer_too": Mode(("--enable-trainer-routes",), env=(("OMP_NUM_THREADS", "1"),)),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     "qwen": Mode(qwen=True),
     "stock": Mode(stock=True),

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pull_requests
@@ -62,14 +63,16 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # In the order of the stack: each is applied to what the one before it left.
 @pytest.mark.parametrize("name", NAMES)
-def test_applies_and_its_tests_notice(name: str, written: Path, tree: Path) -> None:
-    shutil.copytree(pull_requests.PULL_REQUESTS / name / "files", tree, dirs_exist_ok=True)
-    without = run_unit_tests(name, tree)
-    assert without.returncode != 0, "the tests pass without the change"
-    git(tree, "clean", "--quiet", "--force", "-d", "-x")
-
+def test_applies_and_its_tests_notice(
+    name: str, written: Path, tree: Path, tmp_path: Path
+) -> None:
+    before = tmp_path / "before"
+    git(tree, "worktree", "add", "--quiet", "--detach", str(before))
+    shutil.copytree(pull_requests.PULL_REQUESTS / name / "files", before, dirs_exist_ok=True)
     git(tree, "am", "--quiet", str(written / f"{name}.mbox"))
-    result = run_unit_tests(name, tree)
+    with ThreadPoolExecutor(2) as pool:
+        without, result = pool.map(lambda path: run_unit_tests(name, path), (before, tree))
+    assert "Ran " in without.stderr and without.returncode != 0, without.stdout + without.stderr
     assert result.returncode == 0, result.stdout + result.stderr
     git(tree, "clean", "--quiet", "--force", "-d", "-x")
 

@@ -125,9 +125,17 @@ def expected(server: Server, before: list[int]) -> list[int]:
     return before
 
 
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize(
+    ("endpoint", "label"),
+    [
+        (GENERATE, "with the update"),
+        (GENERATE, "by itself"),
+        (GENERATE, "before the update"),
+        (CHAT, "with the update"),
+        (COMPLETIONS, "with the update"),
+    ],
+)
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
-@pytest.mark.parametrize("label", ["with the update", "by itself", "before the update"])
 def test_an_update_in_the_middle(
     server: Server, expected: list[int], endpoint: str, mode: str, label: str
 ) -> None:

@@ -29,8 +29,10 @@ def client_python(name: str) -> Path:
     if stamp.exists() and stamp.read_text() == requirements + sys.version:
         return python
     venv.create(env, clear=True, with_pip=True, symlinks=True)
-    pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
-    subprocess.run([*pip, "-r", CLIENTS / f"requirements-{name}.txt"], check=True)
+    pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    # What is imported is compiled then, which is little of it.
+    options = ["--no-deps", "--no-compile"]
+    subprocess.run([*pip, *options, "-r", CLIENTS / f"requirements-{name}.txt"], check=True)
     stamp.write_text(requirements + sys.version)
     return python
 

@@ -88,9 +88,8 @@ MODES: dict[str, Mode] = {
     ),
     # Its weights change.
     "weights": Mode(),
-    # They generate at the same time, and would wait for each other's threads.
-    "trainer": Mode(("--enable-trainer-routes",), env=(("OMP_NUM_THREADS", "1"),)),
-    "trainer_too": Mode(("--enable-trainer-routes",), env=(("OMP_NUM_THREADS", "1"),)),
+    "trainer": Mode(("--enable-trainer-routes",)),
+    "trainer_too": Mode(("--enable-trainer-routes",)),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     "qwen": Mode(qwen=True),
     "stock": Mode(stock=True),
@@ -155,6 +154,8 @@ class Server:
         env = {**os.environ, **dict(mode.env)}
         if not ON_GPU:
             env["SGLANG_USE_CPU_ENGINE"] = "1"
+            # The model is so small that more threads only wait for each other.
+            env["OMP_NUM_THREADS"] = "1"
         # The model is on the disk: nothing is to be looked up.
         env["HF_HUB_OFFLINE"] = "1"
         if mode.stock:

@@ -88,7 +88,7 @@ MODES: dict[str, Mode] = {
     ),
     # Its weights change.
     "weights": Mode(),
-    "trainer": Mode(("--enable-trainer-routes",)),
+    "trainer": Mode(("--enable-trainer-routes",), overlap=True),
     "trainer_too": Mode(("--enable-trainer-routes",)),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     "qwen": Mode(qwen=True),

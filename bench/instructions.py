@@ -3,7 +3,7 @@
 Times of equal code differ by some percent on a shared machine, and instructions do not.
 The jobs are those of the serving-layer benchmark. Needs valgrind.
 
-    python -m bench.instructions [--tokens 256] [--json FILE]
+    python -m bench.instructions [--tokens 32] [--json FILE]
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CountingWorker(Worker):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=256, help="default: 256")
+    parser.add_argument("--tokens", type=int, default=32, help="default: 32")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
     if shutil.which("valgrind") is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import shutil
@@ -82,6 +83,12 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
     }
+
+
+def write_results(path: Path, rows: Sequence[Row], **more: Any) -> None:
+    """Write rows as JSON with their environment, of which `more` replaces or adds to a part."""
+    result = {**environment(), **more, "rows": [dataclasses.asdict(row) for row in rows]}
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def stock_package() -> Path:

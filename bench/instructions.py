@@ -9,8 +9,6 @@ The jobs are those of the serving-layer benchmark. Needs valgrind.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -18,16 +16,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.common import Row, environment, print_rows, ratios
+from bench.common import Row, print_rows, ratios, write_results
 from bench.serving_layer import VARIANTS, Worker
 
 ENDPOINTS = ("chat", "completions")
-# The second request runs what the first one has warmed up; the others are counted.
+# Requests that warm up, and requests whose instructions are counted.
 WARMUPS, COUNTED = 2, 4
 
 
 class CountingWorker(Worker):
-    """A worker whose instructions are counted from `start_counting` on."""
+    """A worker that runs under callgrind."""
 
     def __init__(self, package: str, folder: str):
         self.counts = Path(folder) / f"callgrind.{package}"
@@ -95,8 +93,7 @@ def main() -> int:
         for worker in workers.values():
             worker.stop()
     if args.json:
-        result = {**environment(), "rows": [dataclasses.asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(args.json, rows)
     return 0
 
 

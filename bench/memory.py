@@ -9,8 +9,6 @@ long streams when they ask for ids, and whether anything is kept after a request
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 import threading
 import time
@@ -21,7 +19,7 @@ from typing import Any
 import psutil
 import requests
 
-from bench.common import Row, environment, print_rows, ratios
+from bench.common import Row, print_rows, ratios, write_results
 from tests.engine.server import Server
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -123,8 +121,7 @@ def main() -> int:
     print_rows(rows)
     print_rows(flat)
     if args.json:
-        result = {**environment(), "rows": [dataclasses.asdict(row) for row in [*rows, *flat]]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(args.json, [*rows, *flat])
     return 0
 
 

@@ -29,10 +29,10 @@ from bench.common import (
     BUILD,
     Row,
     agentcore_package,
-    environment,
     print_rows,
     ratios,
     stock_package,
+    write_results,
 )
 from tests.engine.release import UPSTREAM
 
@@ -213,12 +213,12 @@ def serve_jobs() -> None:
     async def repeat(job: dict[str, Any], replay: Replay) -> float:
         count = 0
         start = time.process_time()
-        while (spent := time.process_time() - start) < MIN_SECONDS or "count" in job:
-            if count == job.get("count"):
-                break
+        while True:
             await once(job, replay)
             count += 1
-        return spent / count
+            spent = time.process_time() - start
+            if count >= job["count"] if "count" in job else spent >= MIN_SECONDS:
+                return spent / count
 
     replays: dict[int, Replay] = {}
     for line in sys.stdin:
@@ -287,8 +287,7 @@ def main() -> int:
         parser.error(f"--tokens must be integers separated by commas, not {args.tokens!r}")
     rows = measure(tokens, args.rounds)
     if args.json:
-        result = {**environment(), "rows": [dataclasses.asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(args.json, rows)
     return 0
 
 

@@ -9,12 +9,10 @@ compared. Needs an environment of its own in build/env-vllm (3.5 GB), and makes 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 from pathlib import Path
 
-from bench.common import environment
+from bench.common import write_results
 from bench.whole_server import CLIENTS, ONLY, Load, measure
 from tests.engine.tiny_model import tiny_model_path
 from tests.engine.vllm import TORCH, VLLM, vllm_server
@@ -32,8 +30,7 @@ def main() -> int:
         rows = measure(ONLY, {"only": url}, load, clients, args.rounds, ["streamed", "whole"])
     if args.json:
         versions = {"vllm": VLLM.partition("==")[2], "torch": TORCH.partition("==")[2]}
-        result = {**environment(), **versions, "rows": [dataclasses.asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(args.json, rows, **versions)
     return 0
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import requests
 
-from bench.common import Row, environment, print_rows, ratios
+from bench.common import Row, print_rows, ratios, write_results
 from tests.engine.server import Server
 from tests.engine.tiny_model import tiny_model_path
 
@@ -209,10 +209,7 @@ def main() -> int:
             variants, urls = PAIR, stack.enter_context(cpu_servers())
         rows = measure(variants, urls, load, clients, args.rounds, args.modes)
     if args.json:
-        result = {**environment(), "rows": [dataclasses.asdict(row) for row in rows]}
-        if args.machine:
-            result["machine"] = args.machine
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(args.json, rows, **({"machine": args.machine} if args.machine else {}))
     return 0
 
 

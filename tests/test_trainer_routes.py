@@ -57,7 +57,6 @@ class Trainer:
             [*command, str(world_size), str(timeout)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
             text=True,
         )
 
@@ -105,6 +104,15 @@ def update(servers: list[Server], **fields: Any) -> list[requests.Response]:
     for thread in threads:
         thread.join()
     return [answers[rank] for rank in range(len(servers))]
+
+
+def check_update(
+    trainer: Trainer, server: Server, seed: int, by_seed: dict[int, list[int]]
+) -> None:
+    trainer.send(seed)
+    [answer] = update([server])
+    assert answer.ok, answer.text
+    assert fresh(server, PROMPT, SHORT) == by_seed[seed]
 
 
 def is_paused(server: Server) -> bool:
@@ -208,10 +216,7 @@ def test_bad_weights_leave_the_old_ones(
         assert len(ids) == MIDDLE and len(spans) == 1
         assert fresh(server, PROMPT, SHORT) == by_seed[0]
         # The trainer is still there.
-        trainer.send(1)
-        [answer] = update([server])
-        assert answer.ok, answer.text
-        assert fresh(server, PROMPT, SHORT) == by_seed[1]
+        check_update(trainer, server, 1, by_seed)
     finally:
         trainer.stop()
 
@@ -236,10 +241,7 @@ def test_a_trainer_that_is_gone(
 
     trainer = join([server])
     try:
-        trainer.send(2)
-        [answer] = update([server])
-        assert answer.ok, answer.text
-        assert fresh(server, PROMPT, SHORT) == by_seed[2]
+        check_update(trainer, server, 2, by_seed)
     finally:
         trainer.stop()
 

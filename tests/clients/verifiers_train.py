@@ -71,14 +71,13 @@ async def main() -> None:
         base_url, secret, _ = slot
         await run_agent(session, base_url, secret, forced)
     [branch] = trace.branches
-    calls = [(call.finish_reason, len(trace.nodes[call.node].token_ids)) for call in trace.calls]
     print(
         json.dumps(
             {
                 "ids": branch.token_ids,
                 "is_sampled": branch.sampled_mask,
                 "logprobs": branch.logprobs,
-                "finish_reasons": [finish_reason for finish_reason, _ in calls],
+                "finish_reasons": [call.finish_reason for call in trace.calls],
                 "roles": [node.message.role for node in trace.nodes],
                 "tool_calls": sum(len(m.tool_calls or []) for m in trace.assistant_messages),
                 "is_truncated": trace.is_truncated,

@@ -2,7 +2,7 @@
 
     python -m tests.engine.trainer PORT WORLD_SIZE [TIMEOUT]
 
-Reads lines "SEED FAULT" and answers "sent" to each. FAULT is a name in `FAULTS`.
+Reads lines "SEED FAULT" and sends for each. FAULT is a name in `FAULTS`.
 """
 
 from __future__ import annotations
@@ -77,12 +77,10 @@ def main() -> None:
     port, world_size = int(sys.argv[1]), int(sys.argv[2])
     timeout = float(sys.argv[3]) if len(sys.argv) > 3 else 60.0
     broadcaster = WeightBroadcaster("127.0.0.1", port, world_size, timeout, device="cpu")
-    print("joined", flush=True)
     while line := sys.stdin.readline():
         seed, fault = line.split()
         weights = load_file(tiny_model_path(int(seed)) / "model.safetensors")
         broadcaster.send(FAULTS[fault](iter(weights.items())), max_bucket_bytes=BUCKET_BYTES)
-        print("sent", flush=True)
 
 
 if __name__ == "__main__":

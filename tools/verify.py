@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -357,13 +358,23 @@ def run_checks(server: Server, options: Options) -> list[dict[str, str]]:
     return results
 
 
+def free_port() -> int:
+    """Return a port that is free, and leaves room for the one that SGLang adds 10000 to."""
+    while True:
+        port = random.randrange(20000, 55000)
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+
+
 class OwnServer:
     """A server started for the checks, ended with its whole process group."""
 
     def __init__(self, model: str, flags: list[str], timeout_s: float):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = Path(f"verify-server-{port}.log")
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]

@@ -9,22 +9,42 @@ import pytest
 
 from tests.engine.server import MODES, Server
 
-# The stock server and the one under test.
-MAX_SERVERS = 2
+# The stock server, the one under test, and the next one.
+MAX_SERVERS = 3
 
 
 class ServerPool:
-    """Starts servers when they are first asked for, and stops the oldest beyond a limit."""
+    """Starts servers when they are asked for, and stops the oldest beyond a limit.
 
-    def __init__(self, report: Callable[[str], None]):
+    Most of the time of a test is spent on waiting for servers to start. So the next one is
+    started while tests run against the one before.
+
+    Args:
+        order: Names in the order in which they are going to be asked for.
+    """
+
+    def __init__(self, report: Callable[[str], None], order: list[str]):
         self.report = report
+        self.order = order
         self.servers: dict[str, Server] = {}
+        self.ready: set[str] = set()
 
     def get(self, name: str) -> Server:
+        server = self.start(name)
+        if name not in self.ready:
+            self.report(f"waiting for the {name} server to be healthy")
+            server.wait()
+            self.ready.add(name)
+            if name in self.order[:-1]:
+                self.start(self.order[self.order.index(name) + 1])
+        return server
+
+    def start(self, name: str) -> Server:
         if name not in self.servers:
             while len(self.servers) >= MAX_SERVERS:
-                self.servers.pop(next(iter(self.servers))).stop()
-            self.report(f"waiting for the {name} server to be healthy")
+                oldest = next(iter(self.servers))
+                self.ready.discard(oldest)
+                self.servers.pop(oldest).stop()
             self.servers[name] = Server(name)
         self.servers[name] = self.servers.pop(name)
         return self.servers[name]
@@ -45,7 +65,8 @@ def servers(request: pytest.FixtureRequest) -> Iterator[ServerPool]:
             terminal.ensure_newline()
             terminal.write_line(line)
 
-    pool = ServerPool(report)
+    modes = [mode_of(item) for item in request.session.items if not is_skipped(item)]
+    pool = ServerPool(report, [mode for mode in dict.fromkeys(modes) if mode])
     yield pool
     pool.stop()
 
@@ -54,6 +75,17 @@ def servers(request: pytest.FixtureRequest) -> Iterator[ServerPool]:
 def server(request: pytest.FixtureRequest, servers: ServerPool) -> Server:
     """The server of the mode that the test is parametrized with."""
     return servers.get(request.param)
+
+
+def mode_of(item: pytest.Item) -> str | None:
+    """The mode that a test is parametrized with."""
+    callspec = getattr(item, "callspec", None)
+    mode = callspec.params.get("server") if callspec else None
+    return mode if mode in MODES else None
+
+
+def is_skipped(item: pytest.Item) -> bool:
+    return any(mark.args[0] for mark in item.iter_markers("skipif"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,9 +97,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = list(MODES)
 
     def position(item: pytest.Item) -> int:
-        callspec = getattr(item, "callspec", None)
-        mode = callspec.params.get("server") if callspec else None
-        return order.index(mode) if mode in order else -1
+        mode = mode_of(item)
+        return order.index(mode) if mode else -1
 
     items.sort(key=position)
 

@@ -139,7 +139,7 @@ def end_of(log: Path) -> str:
 
 
 class Server:
-    """A running server. Use it as a context manager, or call `stop`.
+    """A server that starts. Use it as a context manager, or call `wait` and `stop`.
 
     Attributes:
         url: Where it listens, without a trailing slash.
@@ -177,7 +177,7 @@ class Server:
                 start_new_session=True,
             )
         try:
-            wait_until_healthy(name, self.url, self.process, self.log)
+            wait_until_healthy(self.name, self.url, self.process, self.log)
         except BaseException:
             self.stop()
             raise
@@ -186,6 +186,8 @@ class Server:
         return self.log.read_text(errors="replace")
 
     def stop(self) -> None:
+
+    def wait(self) -> None:
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -202,3 +204,4 @@ class Server:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+        self.wait()

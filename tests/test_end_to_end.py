@@ -18,8 +18,8 @@ import pytest
 import requests
 
 from tests.engine.release import NUMBER, UPSTREAM
-from tests.engine.server import Server
-from tests.engine.tiny_model import load_tokenizer
+from tests.engine.server import CUTS_INCREMENTAL_COMPLETIONS, THINK_IS_A_TOKEN, Server
+from tests.engine.tiny_model import CALL_WITH_TAGS, EOS, load_tokenizer
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -80,7 +80,8 @@ CASES: dict[str, dict[str, Any]] = {
 def chooses_tool(tool_choice: Any) -> dict[str, Any]:
     """A request whose answer has to be a tool call, in the form of the endpoint's own."""
     if NUMBER < (0, 5, 15):
-        return says(json_call("Paris"), tool_choice=tool_choice)
+        call = json_call("Paris") if NUMBER < (0, 5, 12) else tool_call("Paris")
+        return says(call, tool_choice=tool_choice)
     # Later releases write the call in their own way, or refuse a second grammar.
     return {"tool_choice": tool_choice, "max_tokens": 400}
 
@@ -108,6 +109,15 @@ def thinks(text: str, **fields: Any) -> dict[str, Any]:
     return says(text, chat_template_kwargs={"enable_thinking": False}, **fields)
 
 
+def samples(*tokens: str, **fields: Any) -> dict[str, Any]:
+    """A request whose answer is these few tokens, of a model whose tags are tokens."""
+    ids = [load_tokenizer(qwen=True).convert_tokens_to_ids(t) for t in (*tokens, EOS)]
+    # In this order, since a token that was sampled loses the bias.
+    bias = {str(token_id): 100 - i for i, token_id in enumerate(ids)}
+    penalties = {"presence_penalty": 2, "frequency_penalty": 2}
+    return {"logit_bias": bias, "max_tokens": 20, **penalties, **fields}
+
+
 REASONING_CASES: dict[str, dict[str, Any]] = {
     "reasoning and answer": thinks("<think>日本 hm</think>yes"),
     "reasoning cut short": thinks("<think>" + "hm " * 20 + "</think>yes", max_tokens=20),
@@ -120,6 +130,15 @@ REASONING_CASES: dict[str, dict[str, Any]] = {
     "reasoning at once": thinks("<think>hm</think>yes", stream_reasoning=False),
     "reasoning not separated": thinks("<think>hm</think>yes", separate_reasoning=False),
     "reasoning in free text": {"max_tokens": 60, "ignore_eos": True},
+    "reasoning and answer, by bias": samples("name", "</think>", "The"),
+    "reasoning and tool call, by bias": samples(
+        "name",
+        "</think>",
+        CALL_WITH_TAGS,
+        tools=[WEATHER_TOOL],
+        logprobs=True,
+        top_logprobs=2,
+    ),
 }
 
 
@@ -186,7 +205,8 @@ def text_of(choice: dict[str, Any]) -> str:
 
 def check_logprobs(choice: dict[str, Any], num_top: int) -> None:
     """C5: one entry for each id, in order, with alternatives of its own."""
-    tokenizer = load_tokenizer()
+    # Its first tokens are those of the other one.
+    tokenizer = load_tokenizer(qwen=True)
     ids = choice.get("token_ids", [])
     logprobs = choice["logprobs"]
     if logprobs is None:
@@ -262,7 +282,7 @@ def check_both(
 
 def check_in_time(chunks: list[dict[str, Any]]) -> None:
     """C4: the ids sent so far decode to all the text shown so far."""
-    tokenizer = load_tokenizer()
+    tokenizer = load_tokenizer(qwen=True)
     ids: dict[int, list[int]] = {}
     for chunk in chunks:
         for choice in chunk["choices"]:
@@ -309,7 +329,7 @@ def test_text(server: Server, name: str, path: str) -> None:
 @pytest.mark.parametrize("name", TOOL_CASES)
 @pytest.mark.parametrize("server", MODES, indirect=True)
 def test_tools(server: Server, name: str) -> None:
-    if NUMBER >= (0, 5, 23) and name in ("tool call required", "tool named"):
+    if NUMBER >= (0, 5, 15) and name in ("tool call required", "tool named"):
         pytest.skip(f"{UPSTREAM} needs <tool_call> to be a special token of the tiny model")
     case = {"tools": [WEATHER_TOOL], **TOOL_CASES[name]}
     whole, chunks = check_both(server, CHAT, chat, case)
@@ -330,8 +350,10 @@ def test_tools(server: Server, name: str) -> None:
 @pytest.mark.parametrize("server", ["reasoning", "reasoning_interval"], indirect=True)
 def test_reasoning(server: Server, name: str) -> None:
     case = REASONING_CASES[name]
-    if NUMBER >= (0, 5, 23) and "regex" in case:
-        pytest.skip(f"{UPSTREAM} has no grammars with both llguidance and a reasoning parser")
+    if THINK_IS_A_TOKEN and "regex" in case:
+        pytest.skip(f"{UPSTREAM} needs </think> to be a token, which a regex cannot say")
+    if not THINK_IS_A_TOKEN and "logit_bias" in case:
+        pytest.skip(f"{UPSTREAM} needs no </think> among the tokens, and says it by regex")
     whole, _ = check_both(server, CHAT, chat, case)
     choice = whole["choices"][0]
     message = choice["message"]
@@ -341,6 +363,10 @@ def test_reasoning(server: Server, name: str) -> None:
         assert decoded == re.sub(r"\\(.)", r"\1", case["regex"], flags=re.DOTALL)
         assert bool(message.get("tool_calls")) == ("tools" in case)
         assert ("yes" in (message["content"] or "")) == ("tools" not in case)
+    if "logit_bias" in case:
+        assert message["reasoning_content"] == "name"
+        assert bool(message.get("tool_calls")) == ("tools" in case)
+        assert (message["content"] == "The") == ("tools" not in case)
 
 
 @pytest.mark.clause("C3", "C4", "C5")
@@ -382,6 +408,8 @@ def test_stop_token_id(server: Server, path: str) -> None:
 @pytest.mark.parametrize("kind", ["text", "ids", "one list of ids"])
 @pytest.mark.parametrize("server", ["default", "stream_output", "workers2"], indirect=True)
 def test_lists_of_prompts(server: Server, kind: str, num: int) -> None:
+    if (NUMBER, server.name, kind, num) == ((0, 5, 12), "workers2", "ids", 1):
+        pytest.skip(f"{UPSTREAM} never answers lists of ids with several tokenizer workers")
     tokenizer = load_tokenizer()
     texts = ["Once upon", "日本語", "a"]
     ids = [tokenizer.encode(text) for text in texts]
@@ -627,6 +655,7 @@ def test_64_concurrent_incremental_streams(server: Server, path: str) -> None:
         chunks = stream(server, path, body)
         return chunks, check_stream(chunks, path == CHAT, {})
 
+    cuts_text = path == COMPLETIONS and CUTS_INCREMENTAL_COMPLETIONS
     merged = 0
     # How far the HTTP side lags behind is up to the machine.
     for _ in range(5):
@@ -634,8 +663,9 @@ def test_64_concurrent_incremental_streams(server: Server, path: str) -> None:
             results = list(pool.map(one, range(64)))
         for chunks, ids in results:
             assert len(ids[0]) == 60
-            shown = "".join(text_of(c) for chunk in chunks for c in chunk["choices"])
-            assert shown == tokenizer.decode(ids[0], skip_special_tokens=True)
+            if not cuts_text:
+                shown = "".join(text_of(c) for chunk in chunks for c in chunk["choices"])
+                assert shown == tokenizer.decode(ids[0], skip_special_tokens=True)
             choices = [choice for chunk in chunks for choice in chunk["choices"]]
             merged += sum(len(choice.get("token_ids", [])) > 1 for choice in choices)
         if merged:

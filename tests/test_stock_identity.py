@@ -216,11 +216,17 @@ def flush_cache(url: str) -> None:
 
 
 def ask(url: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
-    response = requests.post(url + path, json=body, timeout=120)
+    parts: list[bytes] = []
+    with requests.post(url + path, json=body, timeout=120, stream=True) as response:
+        try:
+            parts += response.iter_content(None)
+        except requests.exceptions.ChunkedEncodingError:
+            # Some errors in the middle of a stream make stock hang up.
+            parts.append(b"\nhung up")
     headers = {k.lower(): v for k, v in response.headers.items()}
     for name in ("date", "content-length", "x-request-id"):
         headers.pop(name, None)
-    text = mask(response.content.decode())
+    text = mask(b"".join(parts).decode())
     kind = headers.get("content-type", "")
     is_stream = "event-stream" in kind or "ndjson" in kind
     return response.status_code, headers, join_stream(text) if is_stream else text

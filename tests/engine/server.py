@@ -39,7 +39,11 @@ else:
 
 
 INCREMENTAL = "--stream-output" if NUMBER < (0, 5, 12) else "--incremental-streaming-output"
-
+# Stock takes the new text of an incremental completion for all of it, and cuts off as much
+# as it has sent.
+CUTS_INCREMENTAL_COMPLETIONS = (0, 5, 12) <= NUMBER < (0, 5, 23)
+# Later releases want </think> to be one token where there are grammars.
+THINK_IS_A_TOKEN = NUMBER >= (0, 5, 12)
 
 SMALLEST_LAYERS = {
     "num_hidden_layers": 1,
@@ -70,8 +74,10 @@ MODES: dict[str, Mode] = {
     "overlap": Mode(overlap=True),
     "workers2": Mode(("--tokenizer-worker-num=2",)),
     "retract": Mode(env=(("SGLANG_TEST_RETRACT", "1"), ("SGLANG_TEST_RETRACT_INTERVAL", "5"))),
-    "reasoning": Mode(("--reasoning-parser=qwen3",)),
-    "reasoning_interval": Mode(("--reasoning-parser=qwen3", "--stream-interval=16")),
+    "reasoning": Mode(("--reasoning-parser=qwen3",), qwen=THINK_IS_A_TOKEN),
+    "reasoning_interval": Mode(
+        ("--reasoning-parser=qwen3", "--stream-interval=16"), qwen=THINK_IS_A_TOKEN
+    ),
     "many_calls_a_step": Mode(("--tool-call-parser=qwen3_coder", "--stream-interval=64")),
     "auto_truncate": Mode(("--allow-auto-truncate", "--context-length=256")),
     "one_at_a_time": Mode(("--max-running-requests=1",)),

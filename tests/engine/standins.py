@@ -9,6 +9,8 @@ only in the test environment. Nothing of it is in the wheel.
 - `torchaudio` has no CPU build. SGLang 0.5.23 imports it.
 - `torchvision` has no CPU build either: its Python part imports once the schemas of two
   operators are defined that its library would define.
+- Memory can only be pinned for a GPU. SGLang 0.5.12 pins some for log-probabilities of
+  prompts on any device; 0.5.9 and 0.5.15 do not.
 """
 
 from __future__ import annotations
@@ -93,5 +95,26 @@ class TorchvisionSchemas(importlib.abc.MetaPathFinder):
             self.library.define(name + signature)
 
 
+class UnpinnedMemory(importlib.abc.MetaPathFinder):
+    """Makes torch.tensor ignore pin_memory just before SGLang first needs it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> None:
+        if fullname != "sglang.srt.layers.logits_processor":
+            return
+        import torch
+
+        if torch.accelerator.is_available():
+            return
+        make_tensor: Any = torch.tensor
+
+        def tensor(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+            return make_tensor(*args, **kwargs)
+
+        torch.tensor = tensor
+
+
 sys.meta_path.insert(0, TorchvisionSchemas())
+sys.meta_path.insert(0, UnpinnedMemory())
 sys.meta_path.append(MissingModuleFinder())

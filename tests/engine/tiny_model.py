@@ -16,12 +16,14 @@ SENTENCES = [
     "Call a tool: name, arguments, city, weather, parameters.",
     "naïve café 日本語 東京 🙂",
 ]
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+EOS = "<|im_end|>"
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", EOS]
 # As Qwen3's tokenizer has them, for renderers that are made for it.
 QWEN_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 QWEN_TOKENS += ["<think>", "</think>"]
 # A tool call in one token, so that a bias for few tokens makes the model call the tool.
 CALL = '\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
+CALL_WITH_TAGS = f"<tool_call>{CALL}</tool_call>"
 CHAT_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n"
     "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
@@ -41,20 +43,20 @@ def tiny_model_path(seed: int = 0, qwen: bool = False) -> Path:
         seed: Other seeds give the same model with other weights.
         qwen: Whether the tokenizer has Qwen3's tokens for thoughts and tool calls.
     """
-    path = MODELS / ("tiny" + ("-qwen" if qwen else "") + (f"-seed-{seed}" if seed else ""))
+    path = MODELS / ("tiny" + ("-qwen3" if qwen else "") + (f"-seed-{seed}" if seed else ""))
     if not path.exists():
         unfinished = path.with_name(f"tiny-{os.getpid()}")
-        make(unfinished, seed, [*QWEN_TOKENS, CALL] if qwen else [])
+        make(unfinished, seed, [*QWEN_TOKENS, CALL, CALL_WITH_TAGS] if qwen else [])
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
     return path
 
 
 @functools.lru_cache
-def load_tokenizer() -> Any:
+def load_tokenizer(qwen: bool = False) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tiny_model_path())
+    return AutoTokenizer.from_pretrained(tiny_model_path(qwen=qwen))
 
 
 def make(path: Path, seed: int, more_tokens: list[str]) -> None:
@@ -74,7 +76,7 @@ def make(path: Path, seed: int, more_tokens: list[str]) -> None:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|endoftext|>",
-        eos_token="<|im_end|>",
+        eos_token=EOS,
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
     )
@@ -94,4 +96,8 @@ def make(path: Path, seed: int, more_tokens: list[str]) -> None:
         bos_token_id=fast.bos_token_id,
         eos_token_id=fast.eos_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+    model = LlamaForCausalLM(config)
+    if more_tokens:
+        # So that it prefers nothing by itself, and a bias decides.
+        model.lm_head.weight.data.mul_(0.1)
+    model.save_pretrained(path)

@@ -70,15 +70,18 @@ class Trainer:
         self.process.communicate()
 
 
-def join(servers: list[Server], timeout: float = 60.0, by_rank: bool = False) -> Trainer:
+def join(
+    servers: list[Server], timeout: float = 60.0, by_rank: bool = False, tp_size: int = 1
+) -> Trainer:
     """Start a trainer and have the servers join it."""
-    trainer = Trainer(len(servers), timeout)
+    world_size = len(servers) * tp_size
+    trainer = Trainer(world_size, timeout)
     answers: list[requests.Response] = []
 
     def init(rank: int) -> None:
         ranks = {"server_rank": rank, "num_inference_server": len(servers)}
         if by_rank:
-            ranks = {"rank_offset": rank, "inference_world_size": len(servers)}
+            ranks = {"rank_offset": rank * tp_size, "inference_world_size": world_size}
         where = {"host": "127.0.0.1", "port": trainer.port, "timeout": timeout}
         answers.append(control(servers[rank], "/init_broadcaster", **where, **ranks))
 
@@ -120,10 +123,8 @@ def is_paused(server: Server) -> bool:
     return paused
 
 
-@pytest.fixture(scope="module")
-def by_seed(servers: ServerPool) -> dict[int, list[int]]:
+def ids_by_seed(server: Server) -> dict[int, list[int]]:
     """What the weights of each seed make of the prompt, as stock's update loads them."""
-    server = servers.get("trainer")
     ids = {}
     for seed in (1, 2, 0):
         path = str(tiny_model_path(seed))
@@ -131,6 +132,11 @@ def by_seed(servers: ServerPool) -> dict[int, list[int]]:
         ids[seed] = fresh(server, PROMPT, SHORT)
     assert len({tuple(value) for value in ids.values()}) == 3
     return ids
+
+
+@pytest.fixture(scope="module")
+def by_seed(servers: ServerPool) -> dict[int, list[int]]:
+    return ids_by_seed(servers.get("trainer"))
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +248,26 @@ def test_a_trainer_that_is_gone(
     trainer = join([server])
     try:
         check_update(trainer, server, 2, by_seed)
+    finally:
+        trainer.stop()
+
+
+@pytest.mark.parametrize("by_rank", [False, True])
+@pytest.mark.parametrize("server", ["trainer_tp"], indirect=True)
+def test_all_ranks_of_a_server_or_none(server: Server, by_rank: bool) -> None:
+    by_seed = ids_by_seed(server)
+    trainer = join([server], by_rank=by_rank, tp_size=2)
+    try:
+        check_update(trainer, server, 1, by_seed)
+        trainer.send(2, "not_loadable")
+        [answer] = update([server])
+        assert answer.status_code == 400 and f"{BAD_PARAMETER} could not be" in answer.text
+        assert fresh(server, PROMPT, SHORT) == by_seed[1]
+        check_update(trainer, server, 2, by_seed)
+        trainer.send(0, "dies")
+        [answer] = update([server])
+        assert answer.status_code == 400 and "the trainer has to join again" in answer.text
+        assert fresh(server, PROMPT, SHORT) == by_seed[2]
     finally:
         trainer.stop()
 

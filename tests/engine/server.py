@@ -97,6 +97,10 @@ MODES: dict[str, Mode] = {
     "weights": Mode(),
     "trainer": Mode(("--enable-trainer-routes",), overlap=True),
     "trainer_too": Mode(("--enable-trainer-routes",)),
+    "trainer_tp": Mode(
+        ("--enable-trainer-routes", "--tp-size=2"),
+        env=(("SGLANG_CPU_OMP_THREADS_BIND", "0|1"),),
+    ),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     "qwen": Mode(qwen=True),
     "stock": Mode(stock=True),
@@ -182,6 +186,8 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def wait(self) -> None:
         try:
             wait_until_healthy(self.name, self.url, self.process, self.log)
         except BaseException:
@@ -192,8 +198,6 @@ class Server:
         return self.log.read_text(errors="replace")
 
     def stop(self) -> None:
-
-    def wait(self) -> None:
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -201,6 +205,7 @@ class Server:
         self.process.wait()
 
     def __enter__(self) -> Server:
+        self.wait()
         return self
 
     def __exit__(
@@ -210,4 +215,3 @@ class Server:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
-        self.wait()

@@ -17,9 +17,8 @@ import tempfile
 from pathlib import Path
 
 from bench.common import Row, print_rows, ratios, write_results
-from bench.serving_layer import VARIANTS, Worker
+from bench.serving_layer import ENDPOINTS, VARIANTS, Worker
 
-ENDPOINTS = ("chat", "completions")
 # Requests that warm up, and requests whose instructions are counted.
 WARMUPS, COUNTED = 2, 4
 

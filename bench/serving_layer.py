@@ -67,6 +67,20 @@ VARIANTS = {
 }
 if UPSTREAM == AGENTCORE_RELEASE:
     VARIANTS["string-replacing patch"] = Variant("agentcore", {})
+# The handlers, and the flags of their server.
+ENDPOINTS: dict[str, list[str]] = {
+    "chat": [],
+    "chat with a parser": ["--reasoning-parser=qwen3"],
+    "completions": [],
+}
+# The endpoints, and whether they stream.
+CASES = [
+    ("chat", True),
+    ("chat", False),
+    ("chat with a parser", True),
+    ("completions", True),
+    ("completions", False),
+]
 # The source of the outputs alone, taken off the other figures, and the least that sending
 # ids can cost.
 SOURCE, FLOOR = "source", "floor"
@@ -167,8 +181,7 @@ def serve_jobs() -> None:
 
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    made = make_handlers("--context-length=4096")
-    handlers = {"chat": made.chat, "completions": made.completions}
+    made = {name: make_handlers("--context-length=4096", *ENDPOINTS[name]) for name in ENDPOINTS}
     tokenizer = load_tokenizer()
 
     def build(endpoint: str, stream: bool, fields: dict[str, Any]) -> Any:
@@ -182,7 +195,9 @@ def serve_jobs() -> None:
         pass
 
     async def answer(endpoint: str, stream: bool, fields: dict[str, Any]) -> None:
-        response = await handlers[endpoint].handle_request(build(endpoint, stream, fields), None)
+        handlers = made[endpoint]
+        handler = handlers.completions if endpoint == "completions" else handlers.chat
+        response = await handler.handle_request(build(endpoint, stream, fields), None)
         if stream:
             await response.stream_response(send)
         elif not isinstance(response, Response):
@@ -224,7 +239,7 @@ def serve_jobs() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         replay = replays.setdefault(job["num_tokens"], Replay(job["num_tokens"]))
-        made.manager.generate_request = replay
+        made[job["endpoint"]].manager.generate_request = replay
         print(f"seconds {loop.run_until_complete(repeat(job, replay))!r}", flush=True)
 
 
@@ -232,40 +247,39 @@ def measure(tokens: list[int], rounds: int) -> list[Row]:
     packages = sorted({variant.package for variant in VARIANTS.values()})
     workers = {package: Worker(package) for package in packages}
     rows = []
-    for endpoint in ("chat", "completions"):
-        for stream in (True, False):
-            for num_tokens in tokens:
-                samples: dict[str, list[float]] = {}
-                job = {"num_tokens": num_tokens, "stream": stream, "endpoint": endpoint}
-                # The first round warms up.
-                for round_ in range(rounds + 1):
-                    taken = {}
-                    for name, variant in VARIANTS.items():
-                        taken[name] = workers[variant.package].measure(
-                            what="answer", fields=variant.fields, encodes=variant.encodes, **job
-                        )
-                    for name in (FLOOR, SOURCE):
-                        taken[name] = workers["stock"].measure(what=name, **job)
-                    if round_:
-                        for name, seconds in taken.items():
-                            samples.setdefault(name, []).append(seconds)
-                source = statistics.median(samples.pop(SOURCE))
-                for name in VARIANTS:
-                    samples[name] = [seconds - source for seconds in samples[name]]
-                mode = "streamed" if stream else "whole"
-                units = num_tokens if stream else 1
-                for name, seconds in samples.items():
-                    rows.append(
-                        Row(
-                            case=f"{endpoint}, {mode}",
-                            tokens=num_tokens,
-                            variant=name,
-                            unit="CPU µs per chunk" if stream else "CPU µs per response",
-                            values=[1e6 * value / units for value in seconds],
-                            ratios=ratios(seconds, samples["stock"]),
-                        )
+    for endpoint, stream in CASES:
+        for num_tokens in tokens:
+            samples: dict[str, list[float]] = {}
+            job = {"num_tokens": num_tokens, "stream": stream, "endpoint": endpoint}
+            # The first round warms up.
+            for round_ in range(rounds + 1):
+                taken = {}
+                for name, variant in VARIANTS.items():
+                    taken[name] = workers[variant.package].measure(
+                        what="answer", fields=variant.fields, encodes=variant.encodes, **job
                     )
-                print_rows([row for row in rows if row.tokens == num_tokens][-len(samples) :])
+                for name in (FLOOR, SOURCE):
+                    taken[name] = workers["stock"].measure(what=name, **job)
+                if round_:
+                    for name, seconds in taken.items():
+                        samples.setdefault(name, []).append(seconds)
+            source = statistics.median(samples.pop(SOURCE))
+            for name in VARIANTS:
+                samples[name] = [seconds - source for seconds in samples[name]]
+            mode = "streamed" if stream else "whole"
+            units = num_tokens if stream else 1
+            for name, seconds in samples.items():
+                rows.append(
+                    Row(
+                        case=f"{endpoint}, {mode}",
+                        tokens=num_tokens,
+                        variant=name,
+                        unit="CPU µs per chunk" if stream else "CPU µs per response",
+                        values=[1e6 * value / units for value in seconds],
+                        ratios=ratios(seconds, samples["stock"]),
+                    )
+                )
+            print_rows([row for row in rows if row.tokens == num_tokens][-len(samples) :])
     for worker in workers.values():
         worker.stop()
     return rows

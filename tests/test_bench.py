@@ -41,7 +41,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_variant_is_measured(results: Path) -> None:
     rows = json.loads((results / "serving_layer.json").read_text())["rows"]
     expected = {*serving_layer.VARIANTS, serving_layer.FLOOR}
-    for case in ("chat, streamed", "chat, whole", "completions, streamed", "completions, whole"):
+    for endpoint, stream in serving_layer.CASES:
+        case = f"{endpoint}, {'streamed' if stream else 'whole'}"
         for tokens in (8, 16):
             found = [r for r in rows if r["case"] == case and r["tokens"] == tokens]
             assert {row["variant"] for row in found} == expected
@@ -59,7 +60,7 @@ def test_the_report_builds(results: Path, tmp_path: Path) -> None:
     for name in serving_layer.VARIANTS:
         assert f"| {name} |" in page
     pictures = list(tmp_path.glob("serving_layer-*.png"))
-    assert len(pictures) == 4
+    assert len(pictures) == len(serving_layer.CASES)
     assert all(picture.name in page for picture in pictures)
 
 

@@ -238,6 +238,20 @@ MUTANTS: dict[str, Mutant] = {
         "pass",
         [TRAINER_ROUTES, "-k", "test_bad_weights and missing"],
     ),
+    "ranks-on-their-own": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "return next((x for x in errors if x is not None), None)",
+        "return error",
+        ["tests/test_all_or_nothing.py"],
+    ),
+    "one-rank-joins": Mutant(
+        "C1",
+        ROUTES,
+        "world_size = body.num_inference_server * num_own_ranks",
+        "world_size = body.num_inference_server",
+        [TRAINER_ROUTES, "-k", "ranks_of_a_server and False"],
+    ),
     "update-without-a-pause": Mutant(
         "C1",
         ROUTES,

@@ -2,6 +2,7 @@
 
 Two questions, on the CPU with a model of one random layer: how much more it needs for many
 long streams when they ask for ids, and whether anything is kept after a request has ended.
+All variants are measured at the same time, each on a server of its own.
 
     python -m bench.memory [--streams 64] [--tokens 8192] [--requests 1000] [--json FILE]
 """
@@ -76,6 +77,36 @@ def ask(url: str, tokens: int, fields: dict[str, Any], stream: bool = True) -> N
             pass
 
 
+def measure(name: str, args: argparse.Namespace) -> tuple[float, list[float]]:
+    """Measure a variant on a server of its own.
+
+    Memory that was freed is not always given back, so no server is used for two.
+
+    Returns:
+        The peak growth while streams run, and what is resident after each tenth of the
+        requests that follow, in MiB.
+    """
+    fields = VARIANTS[name]
+    with Server("long") as server, ThreadPoolExecutor(args.streams) as pool:
+        process = psutil.Process(server.process.pid)
+        ask(server.url, 16, fields)
+        start = time.monotonic()
+        with PeakMemory(process) as memory:
+            tasks = [
+                pool.submit(ask, server.url, args.tokens, fields) for _ in range(args.streams)
+            ]
+            for task in tasks:
+                task.result()
+        took = time.monotonic() - start
+        print(f"{name}: {memory.growth:.0f} MiB, {took:.0f} s", file=sys.stderr)
+        resident = []
+        for i in range(args.requests):
+            ask(server.url, 32, fields, stream=bool(i % 2))
+            if (i + 1) % max(args.requests // 10, 1) == 0:
+                resident.append(process.memory_info().rss / MIB)
+        return memory.growth, resident
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--streams", type=int, default=64, help="at once (default: 64)")
@@ -87,39 +118,35 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
 
-    case = f"{args.streams} streams at once"
-    rows: list[Row] = []
-    flat: list[Row] = []
-    for name in args.variants:
-        fields = VARIANTS[name]
-        # A server of its own: memory that was freed is not always given back.
-        with Server("long") as server, ThreadPoolExecutor(args.streams) as pool:
-            process = psutil.Process(server.process.pid)
-            ask(server.url, 16, fields)
-            start = time.monotonic()
-            with PeakMemory(process) as memory:
-                tasks = [
-                    pool.submit(ask, server.url, args.tokens, fields) for _ in range(args.streams)
-                ]
-                for task in tasks:
-                    task.result()
-            took = time.monotonic() - start
-            print(f"{case}, {name}: {memory.growth:.0f} MiB, {took:.0f} s", file=sys.stderr)
-            row = Row(case, args.tokens, name, "peak growth, MiB", [memory.growth], [])
-            base = rows[0].values if rows else row.values
-            row.ratios = ratios(row.values, [max(value, 1.0) for value in base])
-            rows.append(row)
-            if name == "ids":
-                ends = []
-                for i in range(args.requests):
-                    ask(server.url, 32, fields, stream=bool(i % 2))
-                    if (i + 1) % max(args.requests // 10, 1) == 0:
-                        ends.append(process.memory_info().rss / MIB)
-                case_flat = f"{args.requests} requests, one by one"
-                unit = "resident after each tenth, MiB"
-                flat = [Row(case_flat, 32, name, unit, ends, ratios(ends, ends[:1] * len(ends)))]
+    with ThreadPoolExecutor(len(args.variants)) as pool:
+        found = pool.map(lambda name: measure(name, args), args.variants)
+        growths, residents = zip(*found)
+    rows = [
+        Row(
+            case=f"{args.streams} streams at once",
+            tokens=args.tokens,
+            variant=name,
+            unit="peak growth, MiB",
+            values=[growth],
+            ratios=ratios([growth], [max(growths[0], 1.0)]),
+        )
+        for name, growth in zip(args.variants, growths)
+    ]
+    flat = [
+        Row(
+            case=f"{args.requests} requests, one by one",
+            tokens=32,
+            variant=name,
+            unit=f"resident after the {which}, MiB",
+            values=[resident[tenth]],
+            ratios=ratios([resident[tenth]], [residents[0][tenth]]),
+        )
+        for which, tenth in (("first tenth", 0), ("last", -1))
+        for name, resident in zip(args.variants, residents)
+    ]
     print_rows(rows)
-    print_rows(flat)
+    print_rows(flat[: len(rows)])
+    print_rows(flat[len(rows) :])
     if args.json:
         write_results(args.json, [*rows, *flat])
     return 0

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import serving_layer, whole_server
-from tests.engine.release import PINS, UPSTREAM
-from tests.engine.tiny_model import ROOT
+from tests.engine.release import PINS, ROOT, UPSTREAM
 
 pytestmark = pytest.mark.skipif(
     UPSTREAM != PINS["default"], reason="the alternatives it measures are for the default release"

@@ -13,7 +13,8 @@ import openai
 import pytest
 import requests
 
-from tests.engine.server import ROOT, Server, free_port
+from tests.engine.release import ROOT
+from tests.engine.server import Server, free_port
 from tests.engine.tiny_model import tiny_model_path
 
 REQUEST: dict[str, Any] = {

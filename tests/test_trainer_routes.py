@@ -18,9 +18,9 @@ import requests
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ServerPool
-from tests.engine.release import UPSTREAM
+from tests.engine.release import ROOT, UPSTREAM
 from tests.engine.server import Server, free_port
-from tests.engine.tiny_model import ROOT, tiny_model_path
+from tests.engine.tiny_model import tiny_model_path
 from tests.engine.trainer import BAD_PARAMETER
 from tests.test_end_to_end import CHAT, post
 from tests.test_tokens_in_out import GENERATE

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.release import NUMBER
-from tests.engine.server import BASE_FLAGS, ROOT, Server
+from tests.engine.release import NUMBER, ROOT
+from tests.engine.server import BASE_FLAGS, Server
 from tests.engine.tiny_model import tiny_model_path
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.engine.release import LOCAL_VERSION, STOCK_WHEEL, UPSTREAM, VERSION, WHEEL
+from tests.engine.release import LOCAL_VERSION, ROOT, STOCK_WHEEL, UPSTREAM, VERSION, WHEEL
 from tests.engine.server import Server
-from tests.engine.tiny_model import ROOT
 from tests.test_build import build, expect_refusal, project, series_patches
 
 __all__ = ["project"]

@@ -7,9 +7,9 @@ import platform
 import re
 import sys
 import tomllib
+from pathlib import Path
 
-from tests.engine.tiny_model import ROOT
-
+ROOT = Path(__file__).resolve().parent.parent.parent
 with (ROOT / "pins.toml").open("rb") as file:
     PINS = tomllib.load(file)
 UPSTREAM: str = os.environ.get("UPSTREAM") or PINS["default"]

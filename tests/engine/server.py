@@ -16,8 +16,8 @@ from types import TracebackType
 
 import requests
 
-from tests.engine.release import NUMBER, STOCK, UPSTREAM
-from tests.engine.tiny_model import ROOT, tiny_model_path
+from tests.engine.release import NUMBER, ROOT, STOCK, UPSTREAM
+from tests.engine.tiny_model import tiny_model_path
 
 START_TIMEOUT_S = 180.0
 ON_GPU = os.environ.get("TEST_DEVICE") == "cuda"

@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-MODELS = ROOT / "build" / "models"
+from tests.engine.release import ROOT, UPSTREAM
+
+# Older releases of transformers do not read what newer ones write.
+MODELS = ROOT / "build" / "models" / UPSTREAM
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -47,8 +49,11 @@ def tiny_model_path(seed: int = 0, qwen: bool = False) -> Path:
     if not path.exists():
         unfinished = path.with_name(f"tiny-{os.getpid()}")
         make(unfinished, seed, [*QWEN_TOKENS, CALL, CALL_WITH_TAGS] if qwen else [])
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.rename(path)
+        try:
+            unfinished.rename(path)
+        except OSError:
+            # Another process has been faster.
+            shutil.rmtree(unfinished)
     return path
 
 

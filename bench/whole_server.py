@@ -162,8 +162,13 @@ def measure(
 
 @contextlib.contextmanager
 def cpu_servers() -> Iterator[dict[str, str]]:
-    with Server("stock") as stock, Server("default") as patched:
-        yield {"stock": stock.url, "patched": patched.url}
+    with contextlib.ExitStack() as stack:
+        servers = {"stock": Server("stock"), "patched": Server("default")}
+        for server in servers.values():
+            stack.callback(server.stop)
+        for server in servers.values():
+            server.wait()
+        yield {name: server.url for name, server in servers.items()}
 
 
 def main() -> int:

@@ -197,9 +197,9 @@ def test_several_updates_and_choices(server: Server, endpoint: str) -> None:
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_whole_responses_have_them_too(server: Server, endpoint: str) -> None:
     answers: list[dict[str, Any]] = []
-    body = body_for(endpoint, max_tokens=3000)
+    body = body_for(endpoint, max_tokens=NUM_TOKENS)
     thread = threading.Thread(target=lambda: answers.append(post(server, endpoint, body)))
-    watched = Running(server, endpoint, max_tokens=3000)
+    watched = Running(server, endpoint, max_tokens=NUM_TOKENS)
     thread.start()
     watched.wait_for(50)
     assert control(server, "/pause_generation", mode="retract").ok
@@ -210,7 +210,7 @@ def test_whole_responses_have_them_too(server: Server, endpoint: str) -> None:
     [choice] = answers[0]["choices"]
     spans = choice["weight_versions"]
     assert [span["version"] for span in spans] == ["0", "1"]
-    assert spans[-1]["end"] == len(choice["token_ids"]) == 3000
+    assert spans[-1]["end"] == len(choice["token_ids"]) == NUM_TOKENS
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)

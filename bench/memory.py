@@ -113,7 +113,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of each (default: 8192)")
     parser.add_argument("--requests", type=int, default=1000, help="one by one (default: 1000)")
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all"
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=["not asked", "ids"],
+        help="default: not asked, and ids",
     )
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 SHORT = {
     "serving_layer": ["--tokens", "8,16", "--rounds", "1"],
     "whole_server": ["--clients=2", "--rounds=1", "--output-tokens=8", "--modes=streamed"],
-    "memory": ["--streams=2", "--tokens=16", "--requests=10", "--variants", "not asked", "ids"],
+    "memory": ["--streams=2", "--tokens=16", "--requests=10"],
 }
 
 

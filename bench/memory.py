@@ -83,8 +83,8 @@ def measure(name: str, args: argparse.Namespace) -> tuple[float, list[float]]:
     Memory that was freed is not always given back, so no server is used for two.
 
     Returns:
-        The peak growth while streams run, and what is resident after each tenth of the
-        requests that follow, in MiB.
+        The peak growth while streams run, and what is resident after the first tenth and
+        after the last of the requests that follow, in MiB.
     """
     fields = VARIANTS[name]
     with Server("long") as server, ThreadPoolExecutor(args.streams) as pool:
@@ -102,7 +102,7 @@ def measure(name: str, args: argparse.Namespace) -> tuple[float, list[float]]:
         resident = []
         for i in range(args.requests):
             ask(server.url, 32, fields, stream=bool(i % 2))
-            if (i + 1) % max(args.requests // 10, 1) == 0:
+            if i + 1 in (max(args.requests // 10, 1), args.requests):
                 resident.append(process.memory_info().rss / MIB)
         return memory.growth, resident
 

@@ -86,7 +86,7 @@ MUTANTS: dict[str, Mutant] = {
     "handler-told-too-much-text": Mutant(
         "C4",
         RECORDER,
-        "choice.handled_text += choice.delta",
+        "choice.handled_text += delta",
         "choice.handled_text = text",
         [PROPERTIES],
     ),
@@ -96,6 +96,42 @@ MUTANTS: dict[str, Mutant] = {
         "choice.num_sent = end\n        logprobs",
         "choice.num_sent = end - (end - start > 2)\n        logprobs",
         [PROPERTIES],
+    ),
+    "parsed-twice": Mutant(
+        "C4",
+        RECORDER,
+        "parse_stream_chunk(text) if result is None else result",
+        "parse_stream_chunk(text)",
+        [PROPERTIES, "-k", "chat"],
+    ),
+    "parsed-by-the-last-result": Mutant(
+        "C4",
+        RECORDER,
+        "self._result = self._parser.parse_stream_chunk(text)\n        return self._result",
+        "self._result = self._result or self._parser.parse_stream_chunk(text)\n"
+        "        return self._result",
+        [PROPERTIES, "-k", "chat"],
+    ),
+    "half-of-the-text": Mutant(
+        "C4",
+        RECORDER,
+        "if calls or (reasoning and content):",
+        "if calls:",
+        [PROPERTIES, "-k", "chat"],
+    ),
+    "call-not-sent": Mutant(
+        "C4",
+        RECORDER,
+        "if calls or (reasoning and content):",
+        "if reasoning and content:",
+        [PROPERTIES, "-k", "chat"],
+    ),
+    "required-call-parsed-ahead": Mutant(
+        "C4",
+        RECORDER,
+        "if isinstance(self._tool_call_parsers.get(index), JsonArrayParser):",
+        "if False:",
+        [PROPERTIES, "-k", "chat"],
     ),
     "usage-frozen": Mutant(
         "C4",

@@ -25,6 +25,7 @@ from tests.engine.server import CUTS_INCREMENTAL_COMPLETIONS, INCREMENTAL
 PROMPT_IDS = [5, 6, 7]
 # Characters that occur once in a text, so that a chunk shows which steps it was made of.
 MARK = 0x4E00
+WHOLE = re.compile(r"</?think>|</?tool_call>|\[f\(.*?\)]")
 TOOL = {
     "type": "function",
     "function": {
@@ -61,16 +62,14 @@ def plans(draw: st.DrawFn, with_tags: bool) -> Plan:
     choices: list[list[Step]] = []
     for index in range(num_choices):
         text = draw(texts(with_tags))
-        num_steps = draw(st.integers(1, 8))
-        cuts = sorted(
-            draw(
-                st.lists(
-                    st.integers(0, len(text)),
-                    min_size=num_steps - 1,
-                    max_size=num_steps - 1,
-                )
-            )
-        )
+        num_cuts = draw(st.integers(0, 11))
+        where = list(range(len(text) + 1))
+        if draw(st.booleans()):
+            # A tag is often one token, and a step of several ids may have a whole call.
+            spans = [match.span() for match in WHOLE.finditer(text)]
+            where = [i for i in where if not any(start < i < end for start, end in spans)]
+        drawn = draw(st.lists(st.sampled_from(where), min_size=num_cuts, max_size=num_cuts))
+        cuts = sorted(drawn)
         steps = []
         position = 0
         for start, end in zip([0, *cuts], [*cuts, len(text)]):
@@ -107,7 +106,7 @@ def texts(draw: st.DrawFn, with_tags: bool) -> str:
     marks = iter(range(MARK, MARK + 10_000))
 
     def words() -> str:
-        size = draw(st.integers(0, 5 if with_tags else 20))
+        size = draw(st.integers(0, 8 if with_tags else 20))
         return "".join(chr(next(marks)) for _ in range(size))
 
     text = words()
@@ -115,8 +114,17 @@ def texts(draw: st.DrawFn, with_tags: bool) -> str:
         if draw(st.booleans()):
             text = f"<think>{text}</think>{words()}"
         for _ in range(draw(st.integers(0, 2))):
-            arguments = f'{{"a": "{words()}"}}'
-            text += f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
+            # As the parsers have it: qwen, pythonic, and the one of required calls.
+            form = draw(
+                st.sampled_from(
+                    [
+                        '<tool_call>\n{"name": "f", "arguments": {"a": "@"}}\n</tool_call>',
+                        '[f(a="@")]',
+                        '[{"name": "f", "parameters": {"a": "@"}}]',
+                    ]
+                )
+            )
+            text += form.replace("@", words())
             text += draw(st.sampled_from(["", "\n", words()]))
         if draw(st.booleans()):
             text = text[: draw(st.integers(0, len(text)))]
@@ -233,20 +241,26 @@ class Serving:
         return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["cumulative", "incremental"])
+QWEN = ["--tool-call-parser=qwen", "--reasoning-parser=qwen3"]
+# Its parsers start inside of the reasoning, and put out text and a call at once.
+PYTHONIC = ["--tool-call-parser=pythonic", "--reasoning-parser=deepseek-r1"]
+FLAGS = {"cumulative": QWEN, "incremental": [*QWEN, INCREMENTAL], "pythonic": PYTHONIC}
+
+
+@pytest.fixture(scope="module", params=FLAGS)
 def serving(request: pytest.FixtureRequest) -> Iterator[Serving]:
     """The serving layer, with outputs that hold all ids or the new ones only."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    flags = ["--tool-call-parser=qwen", "--reasoning-parser=qwen3"]
-    handlers = make_handlers(*flags, INCREMENTAL) if request.param else make_handlers(*flags)
+    handlers = make_handlers(*FLAGS[request.param])
     manager = handlers.manager
     # Texts of the script stand for themselves: an id decodes to its digits.
     manager.detokenize_logprob_tokens = lambda values, ids, _: [
         (value, i, str(i)) for value, i in zip(values, ids)
     ]
     engine = ScriptedEngine(manager)
-    yield Serving(loop, manager, engine, handlers.chat, handlers.completions, request.param)
+    is_incremental = request.param == "incremental"
+    yield Serving(loop, manager, engine, handlers.chat, handlers.completions, is_incremental)
     for task in asyncio.all_tasks(loop):
         task.cancel()
     loop.run_until_complete(asyncio.sleep(0))
@@ -257,6 +271,8 @@ def chat_request(plan: Plan, **fields: Any) -> Any:
     from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 
     fields.pop("echo", None)
+    if "tools" not in fields:
+        fields.pop("tool_choice", None)
     return ChatCompletionRequest(
         model="m",
         messages=[{"role": "user", "content": "hi"}],
@@ -269,6 +285,7 @@ def completion_request(plan: Plan, **fields: Any) -> Any:
     from sglang.srt.entrypoints.openai.protocol import CompletionRequest
 
     fields.pop("tools", None)
+    fields.pop("tool_choice", None)
     fields.pop("separate_reasoning", None)
     if fields.get("logprobs"):
         # Refused together.
@@ -362,6 +379,7 @@ fields = st.fixed_dictionaries(
     {},
     optional={
         "tools": st.just([TOOL]),
+        "tool_choice": st.just("required"),
         "logprobs": st.just(True),
         "separate_reasoning": st.just(False),
         "echo": st.just(True),
@@ -373,7 +391,7 @@ fields = st.fixed_dictionaries(
 @pytest.mark.clause("C2", "C3", "C4", "C5", "C7")
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 @settings(
-    max_examples=250,
+    max_examples=600,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -1,6 +1,6 @@
-"""Streams of plain text with token ids, which are sent past the handler.
+"""Streamed text with token ids, which is sent past the handler.
 
-python test/registered/openai_server/basic/test_token_ids_plain_text.py
+python test/registered/openai_server/basic/test_token_ids_text_chunks.py
 """
 
 import json
@@ -27,10 +27,28 @@ STEPS = [
     Step([16], "c"),
     Step([2], ""),
 ]
+# Reasoning, content and a call, with text that a parser holds back, and steps that
+# become two chunks.
+PARSED_STEPS = [
+    Step([30 + i], text)
+    for i, text in enumerate(
+        ["a", "b", "<", "c", "d</think>e", "f", "g", "h<tool", "i", "j"]
+        + ['k<tool_call>\n{"name": "f", "arguments": {', "}}\n</tool_call>", ""]
+    )
+]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+PARSERS = {
+    "reasoning": {"config": {"reasoning_parser": "qwen3"}},
+    "calls": {"config": {"tool_call_parser": "qwen"}, "tools": [TOOL]},
+    "both": {
+        "config": {"reasoning_parser": "qwen3", "tool_call_parser": "qwen"},
+        "tools": [TOOL],
+    },
+}
 
 
-class TestPlainText(ScriptedServingTestCase):
-    def stream(self, request_class, **kwargs):
+class TestTextChunks(ScriptedServingTestCase):
+    def stream(self, request_class, steps=STEPS, **kwargs):
         """Return the chunks, and how many of them were sent past the handler."""
         sent = []
         send_chunk = TokenIdRecorder._send_chunk
@@ -40,7 +58,7 @@ class TestPlainText(ScriptedServingTestCase):
             await send_chunk(recorder, chunk)
 
         with patch.object(TokenIdRecorder, "_send_chunk", count):
-            chunks = self.ask(request_class, [STEPS], stream=True, **kwargs)
+            chunks = self.ask(request_class, [steps], stream=True, **kwargs)
         return chunks, len(sent)
 
     def without_ids(self, chunks):
@@ -51,6 +69,8 @@ class TestPlainText(ScriptedServingTestCase):
             for choice in chunk["choices"]:
                 choice.pop("prompt_token_ids", None)
                 choice.pop("token_ids", None)
+                for call in choice.get("delta", {}).get("tool_calls") or []:
+                    del call["id"]
         return chunks
 
     def test_chunks_are_what_the_handler_would_send(self):
@@ -68,6 +88,28 @@ class TestPlainText(ScriptedServingTestCase):
                     ]
                     self.assertEqual(ids, [i for step in STEPS for i in step.ids])
 
+    def test_parsed_chunks_are_what_the_handler_would_send(self):
+        for name, fields in PARSERS.items():
+            for incremental in (False, True):
+                with self.subTest(parsers=name, incremental=incremental):
+                    fields = {
+                        "steps": PARSED_STEPS,
+                        "incremental": incremental,
+                        **fields,
+                    }
+                    plain, _ = self.stream(ChatCompletionRequest, **fields)
+                    asking, num_direct = self.stream(
+                        ChatCompletionRequest, return_token_ids=True, **fields
+                    )
+                    self.assertGreaterEqual(num_direct, 4)
+                    self.assertEqual(self.without_ids(asking), self.without_ids(plain))
+                    ids = [
+                        i for c in choices_of(asking) for i in c.get("token_ids", [])
+                    ]
+                    self.assertEqual(
+                        ids, [i for step in PARSED_STEPS for i in step.ids]
+                    )
+
     def test_logprobs_line_up(self):
         chunks, num_direct = self.stream(
             ChatCompletionRequest,
@@ -81,14 +123,11 @@ class TestPlainText(ScriptedServingTestCase):
             values = [-entry["logprob"] for entry in entries]
             self.assertEqual(values, choice.get("token_ids", []))
 
-    def test_handler_keeps_what_is_not_plain(self):
-        tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    def test_handler_keeps_what_changes_from_chunk_to_chunk(self):
         usage = {"include_usage": True, "continuous_usage_stats": True}
-        for fields in (
-            {"config": {"reasoning_parser": "qwen3"}},
-            {"config": {"tool_call_parser": "qwen"}, "tools": [tool]},
-            {"stream_options": usage},
-        ):
+        required = {**PARSERS["calls"], "tool_choice": "required"}
+        required["config"] = {"tool_call_parser": "pythonic"}
+        for fields in ({"stream_options": usage}, required):
             with self.subTest(fields=fields):
                 _, num_direct = self.stream(
                     ChatCompletionRequest, return_token_ids=True, **fields

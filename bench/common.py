@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -82,6 +83,16 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
     }
+
+
+def integers(text: str) -> list[int]:
+    """Return the integers of a command-line argument."""
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be integers separated by commas, not {text!r}"
+        ) from None
 
 
 def write_results(path: Path, rows: Sequence[Row], **more: Any) -> None:

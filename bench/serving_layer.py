@@ -22,13 +22,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.common import (
     AGENTCORE_RELEASE,
     BUILD,
     Row,
     agentcore_package,
+    integers,
     print_rows,
     ratios,
     stock_package,
@@ -67,17 +68,28 @@ VARIANTS = {
 }
 if UPSTREAM == AGENTCORE_RELEASE:
     VARIANTS["string-replacing patch"] = Variant("agentcore", {})
-# The handlers, and the flags of their server.
-ENDPOINTS: dict[str, list[str]] = {
-    "chat": [],
-    "chat with a parser": ["--reasoning-parser=qwen3"],
-    "completions": [],
+
+
+class Endpoint(NamedTuple):
+    """A handler, the flags of its server, and what every request says."""
+
+    flags: list[str]
+    fields: dict[str, Any]
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+ENDPOINTS = {
+    "chat": Endpoint([], {}),
+    "chat with reasoning": Endpoint(["--reasoning-parser=qwen3"], {}),
+    "chat with tools": Endpoint(["--tool-call-parser=qwen25"], {"tools": [TOOL]}),
+    "completions": Endpoint([], {}),
 }
 # The endpoints, and whether they stream.
 CASES = [
     ("chat", True),
     ("chat", False),
-    ("chat with a parser", True),
+    ("chat with reasoning", True),
+    ("chat with tools", True),
     ("completions", True),
     ("completions", False),
 ]
@@ -181,10 +193,14 @@ def serve_jobs() -> None:
 
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    made = {name: make_handlers("--context-length=4096", *ENDPOINTS[name]) for name in ENDPOINTS}
+    made = {
+        name: make_handlers("--context-length=4096", *endpoint.flags)
+        for name, endpoint in ENDPOINTS.items()
+    }
     tokenizer = load_tokenizer()
 
     def build(endpoint: str, stream: bool, fields: dict[str, Any]) -> Any:
+        fields = {**ENDPOINTS[endpoint].fields, **fields}
         if endpoint == "completions":
             return CompletionRequest(model="m", prompt=[5, 6, 7], stream=stream, **fields)
         fields = {**fields, "logprobs": bool(fields.get("logprobs"))}
@@ -287,7 +303,9 @@ def measure(tokens: list[int], rounds: int) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tokens", default=TOKENS, help=f"output tokens (default: {TOKENS})")
+    parser.add_argument(
+        "--tokens", type=integers, default=TOKENS, help=f"output tokens (default: {TOKENS})"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="measurements (default: 7)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -295,11 +313,7 @@ def main() -> int:
     if args.worker:
         serve_jobs()
         return 0
-    try:
-        tokens = [int(item) for item in args.tokens.split(",")]
-    except ValueError:
-        parser.error(f"--tokens must be integers separated by commas, not {args.tokens!r}")
-    rows = measure(tokens, args.rounds)
+    rows = measure(args.tokens, args.rounds)
     if args.json:
         write_results(args.json, rows)
     return 0

@@ -12,25 +12,23 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.common import write_results
-from bench.whole_server import CLIENTS, ONLY, Load, measure
+from bench.common import integers
+from bench.whole_server import CLIENTS, MODES, ONLY, Load, keep, measure
 from tests.engine.tiny_model import tiny_model_path
 from tests.engine.vllm import TORCH, VLLM, vllm_server
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--clients", default=CLIENTS, help=f"default: {CLIENTS}")
+    parser.add_argument("--clients", type=integers, default=CLIENTS, help=f"default: {CLIENTS}")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
-    clients = [int(item) for item in args.clients.split(",")]
     load = Load("vllm-chat", "m", str(tiny_model_path()), 32, 128, 4)
     with vllm_server() as url:
-        rows = measure(ONLY, {"only": url}, load, clients, args.rounds, ["streamed", "whole"])
-    if args.json:
+        measured = measure(ONLY, {"only": url}, load, args.clients, args.rounds, MODES)
         versions = {"vllm": VLLM.partition("==")[2], "torch": TORCH.partition("==")[2]}
-        write_results(args.json, rows, **versions)
+        keep(measured, args.json, **versions)
     return 0
 
 

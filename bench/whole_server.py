@@ -25,7 +25,7 @@ from typing import Any
 
 import requests
 
-from bench.common import Row, print_rows, ratios, write_results
+from bench.common import Row, integers, print_rows, ratios, write_results
 from tests.engine.server import Server
 from tests.engine.tiny_model import tiny_model_path
 
@@ -123,8 +123,8 @@ def measure(
     clients: list[int],
     rounds: int,
     modes: list[str],
-) -> list[Row]:
-    rows = []
+) -> Iterator[list[Row]]:
+    """Measure, and yield the rows of a mode and a number of clients together."""
     for mode in modes:
         stream = mode == "streamed"
         for num_clients in clients:
@@ -142,6 +142,7 @@ def measure(
                 name: [bytes_per_token(load, urls[server], fields, stream)]
                 for name, server, fields in variants
             }
+            rows = []
             for key, by_variant in samples.items():
                 base = by_variant[variants[0][0]]
                 found = [
@@ -157,7 +158,16 @@ def measure(
                 ]
                 print_rows(found)
                 rows += found
-    return rows
+            yield rows
+
+
+def keep(measured: Iterator[list[Row]], target: Path | None, **more: str) -> None:
+    """Write the rows as they come: who stops a long run keeps what it has measured."""
+    rows: list[Row] = []
+    for found in measured:
+        rows += found
+        if target:
+            write_results(target, rows, **more)
 
 
 @contextlib.contextmanager
@@ -179,7 +189,7 @@ def main() -> int:
     parser.add_argument("--backend", default="sglang-oai-chat", help="as for bench_serving")
     parser.add_argument("--model", default="m", help="the model's name (default: m)")
     parser.add_argument("--tokenizer", help="path of the tokenizer (default: the tiny model's)")
-    parser.add_argument("--clients", default=CLIENTS, help=f"default: {CLIENTS}")
+    parser.add_argument("--clients", type=integers, default=CLIENTS, help=f"default: {CLIENTS}")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--input-tokens", type=int, default=32, help="default: 32")
@@ -192,10 +202,6 @@ def main() -> int:
         parser.error("--stock and --patched go together")
     if args.only and args.stock:
         parser.error("--only goes without --stock and --patched")
-    try:
-        clients = [int(item) for item in args.clients.split(",")]
-    except ValueError:
-        parser.error(f"--clients must be integers separated by commas, not {args.clients!r}")
     load = Load(
         backend=args.backend,
         model=args.model,
@@ -212,9 +218,8 @@ def main() -> int:
         else:
             print("starting a stock and a patched server", file=sys.stderr)
             variants, urls = PAIR, stack.enter_context(cpu_servers())
-        rows = measure(variants, urls, load, clients, args.rounds, args.modes)
-    if args.json:
-        write_results(args.json, rows, **({"machine": args.machine} if args.machine else {}))
+        measured = measure(variants, urls, load, args.clients, args.rounds, args.modes)
+        keep(measured, args.json, **({"machine": args.machine} if args.machine else {}))
     return 0
 
 

@@ -33,7 +33,10 @@ NOTES = {
         "recorded engine outputs of one token a step; the cost of the recording itself is "
         "taken off. `floor` is the time that it takes to write the digits of the ids as JSON. "
         "`stock, tokenized again` adds one `tokenizer.encode` of the text, without the proxy "
-        "that would call it. The string-replacing patch does not touch completions."
+        "that would call it. The string-replacing patch does not touch completions. All of the "
+        "text is reasoning in `chat with reasoning`, and no call in `chat with tools`; "
+        "`chat with usage` asks for `continuous_usage_stats`, so that the handler makes every "
+        "chunk."
     ),
     "instructions": (
         "Instructions of a streamed chunk under callgrind, which settles what times are too "

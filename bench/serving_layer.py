@@ -76,11 +76,13 @@ class Endpoint(NamedTuple):
     fields: dict[str, Any]
 
 
+USAGE = {"include_usage": True, "continuous_usage_stats": True}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 ENDPOINTS = {
     "chat": Endpoint([], {}),
     "chat with reasoning": Endpoint(["--reasoning-parser=qwen3"], {}),
     "chat with tools": Endpoint(["--tool-call-parser=qwen25"], {"tools": [TOOL]}),
+    "chat with usage": Endpoint([], {"stream_options": USAGE}),
     "completions": Endpoint([], {}),
 }
 # The endpoints, and whether they stream.
@@ -89,6 +91,7 @@ CASES = [
     ("chat", False),
     ("chat with reasoning", True),
     ("chat with tools", True),
+    ("chat with usage", True),
     ("completions", True),
     ("completions", False),
 ]

@@ -92,14 +92,14 @@ class TestTextChunks(ScriptedServingTestCase):
         for name, fields in PARSERS.items():
             for incremental in (False, True):
                 with self.subTest(parsers=name, incremental=incremental):
-                    fields = {
+                    asked = {
+                        **fields,
                         "steps": PARSED_STEPS,
                         "incremental": incremental,
-                        **fields,
                     }
-                    plain, _ = self.stream(ChatCompletionRequest, **fields)
+                    plain, _ = self.stream(ChatCompletionRequest, **asked)
                     asking, num_direct = self.stream(
-                        ChatCompletionRequest, return_token_ids=True, **fields
+                        ChatCompletionRequest, return_token_ids=True, **asked
                     )
                     self.assertGreaterEqual(num_direct, 4)
                     self.assertEqual(self.without_ids(asking), self.without_ids(plain))

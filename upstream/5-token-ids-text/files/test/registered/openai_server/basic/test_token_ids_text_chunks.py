@@ -73,41 +73,32 @@ class TestTextChunks(ScriptedServingTestCase):
                     del call["id"]
         return chunks
 
+    def check(self, request_class, steps, min_direct, **fields):
+        """Compare the chunks with those of the handler, and the ids with the steps."""
+        fields["steps"] = steps
+        plain, _ = self.stream(request_class, **fields)
+        asking, num_direct = self.stream(request_class, return_token_ids=True, **fields)
+        self.assertGreaterEqual(num_direct, min_direct)
+        self.assertEqual(self.without_ids(asking), self.without_ids(plain))
+        ids = [i for c in choices_of(asking) for i in c.get("token_ids", [])]
+        self.assertEqual(ids, [i for step in steps for i in step.ids])
+
     def test_chunks_are_what_the_handler_would_send(self):
         for request_class in (ChatCompletionRequest, CompletionRequest):
             for incremental in (False, True):
                 with self.subTest(request_class=request_class, incremental=incremental):
-                    plain, _ = self.stream(request_class, incremental=incremental)
-                    asking, num_direct = self.stream(
-                        request_class, incremental=incremental, return_token_ids=True
-                    )
-                    self.assertGreaterEqual(num_direct, 3)
-                    self.assertEqual(self.without_ids(asking), self.without_ids(plain))
-                    ids = [
-                        i for c in choices_of(asking) for i in c.get("token_ids", [])
-                    ]
-                    self.assertEqual(ids, [i for step in STEPS for i in step.ids])
+                    self.check(request_class, STEPS, 3, incremental=incremental)
 
     def test_parsed_chunks_are_what_the_handler_would_send(self):
         for name, fields in PARSERS.items():
             for incremental in (False, True):
                 with self.subTest(parsers=name, incremental=incremental):
-                    asked = {
+                    self.check(
+                        ChatCompletionRequest,
+                        PARSED_STEPS,
+                        4,
+                        incremental=incremental,
                         **fields,
-                        "steps": PARSED_STEPS,
-                        "incremental": incremental,
-                    }
-                    plain, _ = self.stream(ChatCompletionRequest, **asked)
-                    asking, num_direct = self.stream(
-                        ChatCompletionRequest, return_token_ids=True, **asked
-                    )
-                    self.assertGreaterEqual(num_direct, 4)
-                    self.assertEqual(self.without_ids(asking), self.without_ids(plain))
-                    ids = [
-                        i for c in choices_of(asking) for i in c.get("token_ids", [])
-                    ]
-                    self.assertEqual(
-                        ids, [i for step in PARSED_STEPS for i in step.ids]
                     )
 
     def test_logprobs_line_up(self):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.engine.release import UPSTREAM
-from tests.engine.server import free_port
+from tools.verify import reserve_port
 
 pytestmark = pytest.mark.skipif(
     UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
@@ -53,7 +53,7 @@ def ranks() -> Any:
     with multiprocessing.get_context("spawn").Pool(len(RANKS)) as pool:
 
         def update(error_on: int | None = None, fails_on: int | None = None) -> list[Any]:
-            port = free_port()
+            port = reserve_port()
             jobs = [(rank, port, error_on, fails_on) for rank in RANKS]
             return pool.starmap(update_on, jobs, chunksize=1)
 

@@ -14,8 +14,9 @@ import pytest
 import requests
 
 from tests.engine.release import ROOT
-from tests.engine.server import Server, free_port
+from tests.engine.server import Server
 from tests.engine.tiny_model import tiny_model_path
+from tools.verify import reserve_port
 
 REQUEST: dict[str, Any] = {
     "model": "tiny",
@@ -75,7 +76,7 @@ def test_openai_sdk(server: Server) -> None:
 @pytest.mark.parametrize("server", ["default", "stream_output"], indirect=True)
 def test_rllm_model_gateway(server: Server) -> None:
     """What the gateway stores, whole and streamed, is what the server has sampled."""
-    port = free_port()
+    port = reserve_port()
     gateway = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "rllm_model_gateway", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--worker", f"{server.url}/v1", "--store", "memory"]
@@ -101,11 +102,11 @@ def test_rllm_model_gateway(server: Server) -> None:
 @pytest.mark.parametrize("server", ["default", "default_on"], indirect=True)
 def test_sglang_router(server: Server) -> None:
     """Behind the router, the server's default is the only way to ask."""
-    port = free_port()
+    port = reserve_port()
     router = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--worker-urls", server.url]
-    command += ["--prometheus-port", str(free_port())]
+    command += ["--prometheus-port", str(reserve_port())]
     prompt, ids = ids_of(server)
     with process("router", command, f"{router}/health"):
         url = f"{router}/v1/chat/completions"

@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ServerPool
 from tests.engine.release import ROOT, UPSTREAM
-from tests.engine.server import Server, free_port
+from tests.engine.server import Server
 from tests.engine.tiny_model import tiny_model_path
 from tests.engine.trainer import BAD_PARAMETER
 from tests.test_end_to_end import CHAT, post
 from tests.test_tokens_in_out import GENERATE
 from tests.test_weight_versions import PROMPT, Running, body_for, control, fresh
+from tools.verify import reserve_port
 
 pytestmark = pytest.mark.skipif(
     UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
@@ -51,7 +52,7 @@ class Trainer:
     """The process that broadcasts."""
 
     def __init__(self, world_size: int, timeout: float = 60.0):
-        self.port = free_port()
+        self.port = reserve_port()
         command = [sys.executable, "-m", "tests.engine.trainer", str(self.port)]
         self.process = subprocess.Popen(
             [*command, str(world_size), str(timeout)],
@@ -276,7 +277,7 @@ def test_all_ranks_of_a_server_or_none(server: Server, by_rank: bool) -> None:
 def test_a_trainer_that_never_comes(server: Server, by_seed: dict[int, list[int]]) -> None:
     ranks = {"server_rank": 0, "num_inference_server": 1}
     answer = control(
-        server, "/init_broadcaster", host="127.0.0.1", port=free_port(), timeout=2, **ranks
+        server, "/init_broadcaster", host="127.0.0.1", port=reserve_port(), timeout=2, **ranks
     )
     assert answer.status_code == 400
     assert fresh(server, PROMPT, SHORT) == by_seed[0]

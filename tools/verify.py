@@ -358,15 +358,27 @@ def run_checks(server: Server, options: Options) -> list[dict[str, str]]:
     return results
 
 
-def free_port() -> int:
-    """Return a port that is free, and leaves room for the one that SGLang adds 10000 to."""
+_reserved: list[socket.socket] = []
+
+
+def reserve_port() -> int:
+    """Return a port of 127.0.0.1 that nobody else is given while this process lives.
+
+    A server takes long to start before it binds its port. Until then this process has it:
+    with SO_REUSEADDR, which servers set too, two may bind a port while nobody listens on it.
+    """
     while True:
+        s = socket.socket()
+        # SGLang adds 10000 to it.
         port = random.randrange(20000, 55000)
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            s.close()
+            continue
+        # Not before: two would reserve the same one.
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _reserved.append(s)
         return port
 
 
@@ -374,7 +386,7 @@ class OwnServer:
     """A server started for the checks, ended with its whole process group."""
 
     def __init__(self, model: str, flags: list[str], timeout_s: float):
-        port = free_port()
+        port = reserve_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = Path(f"verify-server-{port}.log")
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ import requests
 
 from tests.engine.release import NUMBER, ROOT, STOCK, UPSTREAM
 from tests.engine.tiny_model import tiny_model_path
+from tools.verify import reserve_port
 
 START_TIMEOUT_S = 180.0
 ON_GPU = os.environ.get("TEST_DEVICE") == "cuda"
@@ -107,18 +106,6 @@ MODES: dict[str, Mode] = {
 }
 
 
-def free_port() -> int:
-    """Return a port that is free, and leaves room for the one that SGLang adds 10000 to."""
-    while True:
-        port = random.randrange(20000, 55000)
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
-
-
 def wait_until_healthy(
     name: str, url: str, process: subprocess.Popen[bytes], log: Path
 ) -> None:
@@ -158,7 +145,7 @@ class Server:
     def __init__(self, name: str):
         mode = MODES[name]
         self.name = name
-        self.port = free_port()
+        self.port = reserve_port()
         self.url = f"http://127.0.0.1:{self.port}"
         logs = ROOT / "build" / "logs" / UPSTREAM
         logs.mkdir(parents=True, exist_ok=True)

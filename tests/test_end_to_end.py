@@ -16,9 +16,15 @@ from typing import Any
 
 import pytest
 import requests
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.engine.release import NUMBER, UPSTREAM
-from tests.engine.server import CUTS_INCREMENTAL_COMPLETIONS, THINK_IS_A_TOKEN, Server
+from tests.engine.server import (
+    CUTS_INCREMENTAL_COMPLETIONS,
+    KNOWS_TOKEN_BYTES,
+    THINK_IS_A_TOKEN,
+    Server,
+)
 from tests.engine.tiny_model import CALL_WITH_TAGS, EOS, load_tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -203,6 +209,17 @@ def text_of(choice: dict[str, Any]) -> str:
     )
 
 
+# As a byte-level vocabulary spells bytes.
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def bytes_of(token: str) -> bytes:
+    """The bytes of a token as the vocabulary has it, or its text if it is an added one."""
+    if all(character in BYTE_OF for character in token):
+        return bytes(BYTE_OF[character] for character in token)
+    return token.encode()
+
+
 def check_logprobs(choice: dict[str, Any], num_top: int) -> None:
     """C5: one entry for each id, in order, with alternatives of its own."""
     # Its first tokens are those of the other one.
@@ -213,7 +230,12 @@ def check_logprobs(choice: dict[str, Any], num_top: int) -> None:
         assert not ids
         return
     expected = [tokenizer.decode([i]) for i in ids]
+    if KNOWS_TOKEN_BYTES:
+        raw = [bytes_of(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+    else:
+        raw = [text.encode() for text in expected]
     if "content" in logprobs:
+        assert [bytes(entry["bytes"]) for entry in logprobs["content"]] == raw
         assert [entry["token"] for entry in logprobs["content"]] == expected
         values = [entry["logprob"] for entry in logprobs["content"]]
         tops = [
@@ -222,6 +244,12 @@ def check_logprobs(choice: dict[str, Any], num_top: int) -> None:
         ]
         assert all(len(top) == num_top for top in tops)
     else:
+        if KNOWS_TOKEN_BYTES:
+            # There is no place for them here: each is shown as a character of its own.
+            expected = [
+                piece.decode("latin-1") if "\N{REPLACEMENT CHARACTER}" in text else text
+                for text, piece in zip(expected, raw)
+            ]
         assert logprobs["tokens"] == expected
         values = logprobs["token_logprobs"]
         tops = [list(top.values()) for top in logprobs["top_logprobs"]]

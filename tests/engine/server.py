@@ -43,6 +43,8 @@ INCREMENTAL = "--stream-output" if NUMBER < (0, 5, 12) else "--incremental-strea
 CUTS_INCREMENTAL_COMPLETIONS = (0, 5, 12) <= NUMBER < (0, 5, 23)
 # Later releases want </think> to be one token where there are grammars.
 THINK_IS_A_TOKEN = NUMBER >= (0, 5, 12)
+# Whether log-probabilities have the bytes of a token that is a part of a character.
+KNOWS_TOKEN_BYTES = NUMBER >= (0, 5, 23)
 
 SMALLEST_LAYERS = {
     "num_hidden_layers": 1,
@@ -65,8 +67,12 @@ class Mode:
     qwen: bool = False
 
 
+# Tests come in this order, so those that are compared with stock are next to it.
 MODES: dict[str, Mode] = {
+    "stock": Mode(stock=True),
     "default": Mode(),
+    "default_on": Mode(("--return-token-ids",)),
+    "default_on_env": Mode(env=(("SGLANG_RETURN_TOKEN_IDS", "1"),)),
     "stream_output": Mode((INCREMENTAL,)),
     "stream_interval": Mode(("--stream-interval=4",)),
     "stream_output_interval": Mode((INCREMENTAL, "--stream-interval=3")),
@@ -80,8 +86,6 @@ MODES: dict[str, Mode] = {
     "many_calls_a_step": Mode(("--tool-call-parser=qwen3_coder", "--stream-interval=64")),
     "auto_truncate": Mode(("--allow-auto-truncate", "--context-length=256")),
     "one_at_a_time": Mode(("--max-running-requests=1",)),
-    "default_on": Mode(("--return-token-ids",)),
-    "default_on_env": Mode(env=(("SGLANG_RETURN_TOKEN_IDS", "1"),)),
     # Attention over long contexts would take the CPU hours with the model of the tests.
     "long": Mode(
         (
@@ -102,7 +106,6 @@ MODES: dict[str, Mode] = {
     ),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     "qwen": Mode(qwen=True),
-    "stock": Mode(stock=True),
 }
 
 

@@ -231,7 +231,8 @@ def test_abort_by_request_id(server: Server) -> None:
 
     thread = threading.Thread(target=abort)
     thread.start()
-    [choice] = join(stream(server, body)).values()
+    with server.slowed_down():
+        [choice] = join(stream(server, body)).values()
     done.set()
     thread.join()
     assert choice["finish_reason"] == "abort"

@@ -24,7 +24,7 @@ from tests.engine.tiny_model import tiny_model_path
 from tests.engine.trainer import BAD_PARAMETER
 from tests.test_end_to_end import CHAT, post
 from tests.test_tokens_in_out import GENERATE
-from tests.test_weight_versions import PROMPT, Running, body_for, control, fresh
+from tests.test_weight_versions import NUM_TOKENS, PROMPT, Running, body_for, control, fresh
 from tools.verify import reserve_port
 
 pytestmark = pytest.mark.skipif(
@@ -32,10 +32,6 @@ pytestmark = pytest.mark.skipif(
 )
 trainer_mode = pytest.mark.parametrize("server", ["trainer"], indirect=True)
 SHORT = 32
-# So many that they take longer than whatever may hold up an update.
-LONG = 2000
-# Enough where it is all the same whether the update comes in the middle.
-MIDDLE = 300
 ROUTES = [
     "/pause",
     "/resume",
@@ -159,9 +155,9 @@ def test_a_broadcast_to_two_servers(
     try:
         for server in pair:
             assert fresh(server, PROMPT, SHORT) == by_seed[0]
-        running = [Running(server, GENERATE, max_tokens=LONG) for server in pair]
+        running = [Running(server, GENERATE, max_tokens=NUM_TOKENS) for server in pair]
         for stream in running:
-            stream.wait_for(30)
+            stream.wait_for(10)
         # As prime-rl does it.
         for server in pair:
             query = {"mode": "keep", "clear_cache": "false"}
@@ -175,24 +171,24 @@ def test_a_broadcast_to_two_servers(
 
         for server, stream in zip(pair, running):
             [(ids, spans)] = stream.finish().values()
-            assert len(ids) == LONG, "nothing in flight is lost"
+            assert len(ids) == NUM_TOKENS, "nothing in flight is lost"
             assert [span["version"] for span in spans] == ["default", "step_1"]
             boundary = spans[0]["end"]
             # The cache was reset, so the new weights computed everything again.
-            rest = fresh(server, PROMPT + ids[:boundary], LONG - boundary)
+            rest = fresh(server, PROMPT + ids[:boundary], NUM_TOKENS - boundary)
             assert ids[boundary:] == rest
             assert fresh(server, PROMPT, SHORT) == by_seed[1]
 
         # The next step, with requests running and nobody having paused.
-        running = [Running(server, GENERATE, max_tokens=LONG) for server in pair]
+        running = [Running(server, GENERATE, max_tokens=NUM_TOKENS) for server in pair]
         for stream in running:
-            stream.wait_for(30)
+            stream.wait_for(10)
         trainer.send(2)
         answers = update(pair, weight_dir=None, weight_version="2", skip_prefix_cache_reset=True)
         assert [a.status_code for a in answers] == [200, 200]
         for server, stream in zip(pair, running):
             [(ids, spans)] = stream.finish().values()
-            assert len(ids) == LONG
+            assert len(ids) == NUM_TOKENS
             assert [span["version"] for span in spans] == ["step_1", "2"]
             assert fresh(server, PROMPT, SHORT) == by_seed[2]
     finally:
@@ -214,13 +210,13 @@ def test_bad_weights_leave_the_old_ones(
 ) -> None:
     trainer = join([server], by_rank=True)
     try:
-        running = Running(server, GENERATE, max_tokens=MIDDLE)
-        running.wait_for(30)
+        running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+        running.wait_for(10)
         trainer.send(1, fault)
         [answer] = update([server])
         assert answer.status_code == 400 and named in answer.text
         [(ids, spans)] = running.finish().values()
-        assert len(ids) == MIDDLE and len(spans) == 1
+        assert len(ids) == NUM_TOKENS and len(spans) == 1
         assert fresh(server, PROMPT, SHORT) == by_seed[0]
         # The trainer is still there.
         check_update(trainer, server, 1, by_seed)
@@ -306,12 +302,12 @@ def folder(server: Server, tmp_path: Path) -> Path:
 def test_a_folder(server: Server, by_seed: dict[int, list[int]], folder: Path) -> None:
     name = post(server, CHAT, body_for(CHAT, max_tokens=1))["model"]
     models = requests.get(f"{server.url}/v1/models", timeout=30).json()["data"]
-    running = Running(server, GENERATE, max_tokens=LONG)
-    running.wait_for(30)
+    running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+    running.wait_for(10)
     answer = control(server, "/update_weights", weight_dir=str(folder))
     assert answer.ok and answer.json() == {"status": "ok"}
     [(ids, spans)] = running.finish().values()
-    assert len(ids) == LONG and [span["version"] for span in spans][1:] == ["step_7"]
+    assert len(ids) == NUM_TOKENS and [span["version"] for span in spans][1:] == ["step_7"]
     assert fresh(server, PROMPT, SHORT) == by_seed[1]
     # Clients know the model by the name it had.
     assert post(server, CHAT, body_for(CHAT, max_tokens=1))["model"] == name
@@ -358,13 +354,13 @@ def test_a_bad_folder_leaves_the_old_weights(
     named: list[str],
 ) -> None:
     spoil(folder)
-    running = Running(server, GENERATE, max_tokens=MIDDLE)
-    running.wait_for(30)
+    running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+    running.wait_for(10)
     answer = control(server, "/update_weights", weight_dir=str(folder))
     assert answer.status_code == 400
     assert all(part in answer.text for part in named), answer.text
     [(ids, spans)] = running.finish().values()
-    assert len(ids) == MIDDLE and len(spans) == 1
+    assert len(ids) == NUM_TOKENS and len(spans) == 1
     assert fresh(server, PROMPT, SHORT) == by_seed[0]
 
 
@@ -372,9 +368,9 @@ def test_a_bad_folder_leaves_the_old_weights(
 @pytest.mark.parametrize("mode", ["keep", "in_place", "retract", "abort", "wait"])
 def test_pause(server: Server, mode: str) -> None:
     assert not is_paused(server)
-    num_tokens = 400 if mode == "wait" else LONG
+    num_tokens = 100 if mode == "wait" else NUM_TOKENS
     running = Running(server, GENERATE, max_tokens=num_tokens)
-    running.wait_for(30)
+    running.wait_for(10)
     answer = control(server, "/pause", mode=mode, clear_cache=mode != "in_place")
     assert answer.ok and answer.json() == {"status": "paused"}
     assert is_paused(server)

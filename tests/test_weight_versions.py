@@ -22,8 +22,7 @@ pytestmark = [
     ),
     pytest.mark.parametrize("server", ["weights"], indirect=True),
 ]
-# So many that they take longer than whatever may hold up a request to pause.
-NUM_TOKENS = 1200
+NUM_TOKENS = 300
 PROMPT = [70, 71, 72, 73]
 ENDPOINTS = [GENERATE, CHAT, COMPLETIONS]
 
@@ -63,15 +62,17 @@ def first_label(server: Server) -> None:
 
 
 class Running:
-    """A streamed request that can be waited for while it runs."""
+    """A streamed request that can be waited for while it runs, slowly until it is to finish."""
 
     def __init__(self, server: Server, endpoint: str, **fields: Any):
+        self.server = server
         self.url = server.url + endpoint
         self.body = {**body_for(endpoint, **fields), "stream": True}
         self.chunks: list[dict[str, Any]] = []
         self.num_tokens = 0
         self.grown = threading.Condition()
         self.thread = threading.Thread(target=self.read)
+        server.slow_down()
         self.thread.start()
 
     def read(self) -> None:
@@ -90,6 +91,7 @@ class Running:
 
     def finish(self) -> dict[int, tuple[list[int], list[dict[str, Any]]]]:
         """The ids of each choice, and the versions that its last chunk alone has."""
+        self.server.slow_down(0)
         self.thread.join()
         ids: dict[int, list[int]] = {}
         versions: dict[int, list[dict[str, Any]]] = {}
@@ -140,7 +142,7 @@ def test_an_update_in_the_middle(
     server: Server, expected: list[int], endpoint: str, mode: str, label: str
 ) -> None:
     running = Running(server, endpoint, max_tokens=NUM_TOKENS)
-    running.wait_for(30)
+    running.wait_for(10)
     assert control(server, "/pause_generation", mode=mode).ok
     # The cache cannot be flushed under requests that keep theirs.
     fields: dict[str, Any] = {"flush_cache": mode == "retract"}
@@ -159,7 +161,7 @@ def test_an_update_in_the_middle(
 
     assert len(ids) == NUM_TOKENS
     first = spans[0]["end"]
-    assert first >= 30
+    assert first >= 10
     assert spans == [
         {"version": "0", "start": 0, "end": first},
         {"version": "1", "start": first, "end": NUM_TOKENS},
@@ -177,7 +179,7 @@ def test_an_update_in_the_middle(
 def test_several_updates_and_choices(server: Server, endpoint: str) -> None:
     running = Running(server, endpoint, max_tokens=NUM_TOKENS, n=3)
     for version in ("1", "2"):
-        running.wait_for(60 * int(version))
+        running.wait_for(30 * int(version))
         assert control(server, "/pause_generation", mode="retract").ok
         # What the label was changed from belongs to the tokens that are there.
         set_label = {"new_version": version, "abort_all_requests": False}
@@ -201,12 +203,12 @@ def test_whole_responses_have_them_too(server: Server, endpoint: str) -> None:
     thread = threading.Thread(target=lambda: answers.append(post(server, endpoint, body)))
     watched = Running(server, endpoint, max_tokens=NUM_TOKENS)
     thread.start()
-    watched.wait_for(50)
+    watched.wait_for(10)
     assert control(server, "/pause_generation", mode="retract").ok
     assert load_weights(server, 1, weight_version="1").ok
     assert control(server, "/continue_generation").ok
-    thread.join()
     watched.finish()
+    thread.join()
     [choice] = answers[0]["choices"]
     spans = choice["weight_versions"]
     assert [span["version"] for span in spans] == ["0", "1"]
@@ -235,7 +237,7 @@ def test_who_does_not_ask_gets_none(server: Server) -> None:
 
 def test_an_update_that_fails_changes_nothing(server: Server, expected: list[int]) -> None:
     running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
-    running.wait_for(30)
+    running.wait_for(10)
     assert control(server, "/pause_generation", mode="in_place").ok
     answer = control(
         server,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -183,6 +185,20 @@ class Server:
         except BaseException:
             self.stop()
             raise
+
+    def slow_down(self, seconds: float = 0.05) -> None:
+        """Have each step of the engine take so much longer, or no longer with 0.
+
+        What is to happen in the middle of a request then does, however busy the machine is.
+        """
+        body = {"forward_sleep_time": seconds}
+        requests.post(f"{self.url}/slow_down", json=body, timeout=30).raise_for_status()
+
+    @contextlib.contextmanager
+    def slowed_down(self) -> Iterator[None]:
+        self.slow_down()
+        yield
+        self.slow_down(0)
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")

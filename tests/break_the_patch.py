@@ -182,7 +182,7 @@ MUTANTS: dict[str, Mutant] = {
         RECORDER,
         "choice.prompt_ids = list(choice.prompt_ids[:num_prompt_ids])",
         "pass",
-        [END_TO_END, "-k", "auto_truncate"],
+        [END_TO_END, "-k", "truncated_prompt"],
     ),
     "prompt-on-every-choice": Mutant(
         "C6",

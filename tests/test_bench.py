@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import serving_layer, whole_server
+from tests.conftest import ServerPool
 from tests.engine.release import PINS, ROOT, UPSTREAM
 
 pytestmark = pytest.mark.skipif(
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 SHORT = {
     "serving_layer": ["--tokens", "8,16", "--rounds", "1"],
     "whole_server": ["--clients=2", "--rounds=1", "--output-tokens=8", "--modes=streamed"],
-    "memory": ["--streams=2", "--tokens=16", "--requests=10"],
+    "memory": ["--streams=2", "--tokens=16", "--requests=10", "--variants=ids"],
 }
 
 
@@ -29,15 +30,18 @@ def run(module: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(tmp_path_factory: pytest.TempPathFactory, servers: ServerPool) -> Path:
     folder = tmp_path_factory.mktemp("results")
+    urls = [f"--stock={servers.get('stock').url}", f"--patched={servers.get('default').url}"]
     for module, args in SHORT.items():
-        result = run(module, *args, "--json", str(folder / f"{module}.json"))
+        more = urls if module == "whole_server" else []
+        result = run(module, *args, *more, "--json", str(folder / f"{module}.json"))
         assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
 
-def test_every_variant_is_measured(results: Path) -> None:
+@pytest.mark.parametrize("server", ["default"])
+def test_every_variant_is_measured(results: Path, server: str) -> None:
     rows = json.loads((results / "serving_layer.json").read_text())["rows"]
     expected = {*serving_layer.VARIANTS, serving_layer.FLOOR}
     for endpoint, stream in serving_layer.CASES:
@@ -52,7 +56,8 @@ def test_every_variant_is_measured(results: Path) -> None:
     assert all(value > 0 for row in rows for value in row["values"])
 
 
-def test_the_report_builds(results: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("server", ["default"])
+def test_the_report_builds(results: Path, tmp_path: Path, server: str) -> None:
     result = run("report", "--results", str(results), "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "report.md").read_text()

@@ -510,7 +510,7 @@ def test_continue_final_message(server: Server) -> None:
 
 @pytest.mark.clause("C6")
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
-@pytest.mark.parametrize("server", ["auto_truncate"], indirect=True)
+@pytest.mark.parametrize("server", ["auto_truncate_default_on_env"], indirect=True)
 def test_truncated_prompt(server: Server, path: str) -> None:
     """A prompt that is too long comes back as the engine cut it."""
     tokenizer = load_tokenizer()
@@ -701,7 +701,7 @@ def test_64_concurrent_incremental_streams(server: Server, path: str) -> None:
 
 @pytest.mark.clause("C9")
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
-@pytest.mark.parametrize("server", ["default_on", "default_on_env"], indirect=True)
+@pytest.mark.parametrize("server", ["default_on", "auto_truncate_default_on_env"], indirect=True)
 def test_server_default(server: Server, path: str) -> None:
     make = chat if path == CHAT else completion
     case = {"return_token_ids": None, **CASES["multi-byte"]}

@@ -150,10 +150,11 @@ def first_weights(server: Server) -> Iterator[None]:
 def test_a_broadcast_to_two_servers(
     server: Server, servers: ServerPool, by_seed: dict[int, list[int]]
 ) -> None:
-    pair = [server, servers.get("trainer_too")]
+    pair = [server, servers.get("weights")]
     trainer = join(pair)
     try:
         for server in pair:
+            assert control(server, "/update_weight_version", new_version="default").ok
             assert fresh(server, PROMPT, SHORT) == by_seed[0]
         running = [Running(server, GENERATE, max_tokens=NUM_TOKENS) for server in pair]
         for stream in running:

@@ -74,7 +74,6 @@ MODES: dict[str, Mode] = {
     "stock": Mode(stock=True),
     "default": Mode(),
     "default_on": Mode(("--return-token-ids",)),
-    "default_on_env": Mode(env=(("SGLANG_RETURN_TOKEN_IDS", "1"),)),
     "stream_output": Mode((INCREMENTAL,)),
     "stream_interval": Mode(("--stream-interval=4",)),
     "stream_output_interval": Mode((INCREMENTAL, "--stream-interval=3")),
@@ -86,7 +85,11 @@ MODES: dict[str, Mode] = {
         ("--reasoning-parser=qwen3", "--stream-interval=16"), qwen=THINK_IS_A_TOKEN
     ),
     "many_calls_a_step": Mode(("--tool-call-parser=qwen3_coder", "--stream-interval=64")),
-    "auto_truncate": Mode(("--allow-auto-truncate", "--context-length=256")),
+    # Two things that have nothing to do with each other, in one server.
+    "auto_truncate_default_on_env": Mode(
+        ("--allow-auto-truncate", "--context-length=256"),
+        env=(("SGLANG_RETURN_TOKEN_IDS", "1"),),
+    ),
     "one_at_a_time": Mode(("--max-running-requests=1",)),
     # Attention over long contexts would take the CPU hours with the model of the tests.
     "long": Mode(
@@ -98,10 +101,9 @@ MODES: dict[str, Mode] = {
         ),
         env=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),
     ),
-    # Its weights change.
-    "weights": Mode(),
+    # Their weights change.
+    "weights": Mode(("--enable-trainer-routes",)),
     "trainer": Mode(("--enable-trainer-routes",), overlap=True),
-    "trainer_too": Mode(("--enable-trainer-routes",)),
     "trainer_tp": Mode(
         ("--enable-trainer-routes", "--tp-size=2"),
         env=(("SGLANG_CPU_OMP_THREADS_BIND", "0|1"),),

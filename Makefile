@@ -26,6 +26,8 @@ RELEASES = $(notdir $(wildcard patches/v*))
 ENV = build/env-$(UPSTREAM)
 # Read by the tests.
 export UPSTREAM
+# Images set it, and then every server of a test compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 wheel:
 	./build.sh $(RELEASE) $(WHEEL_ARGS)

@@ -52,12 +52,12 @@ def make_environment(release: Release, env: Path) -> None:
         shutil.rmtree(env, ignore_errors=True)
         venv.create(env, with_pip=True, symlinks=True)
         say(f"installing {TORCH}")
-        pip(env, "install", TORCH)
+        pip(env, "install", "--no-compile", TORCH)
         say(f"installing {len(requirements.splitlines())} packages")
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
             file.write(requirements)
             file.flush()
-            pip(env, "install", "--no-deps", "--requirement", file.name)
+            pip(env, "install", "--no-compile", "--no-deps", "--requirement", file.name)
         stamp.write_text(inputs)
     [site] = (env / "lib").glob("python*/site-packages")
     shutil.copy(STANDINS, site / "cpu_engine_standins.py")
@@ -72,7 +72,7 @@ def install_wheel(env: Path, wheel: Path) -> None:
         return
     say(f"installing {wheel.name}")
     stamp.unlink(missing_ok=True)
-    pip(env, "install", "--no-deps", "--force-reinstall", str(wheel))
+    pip(env, "install", "--no-compile", "--no-deps", "--force-reinstall", str(wheel))
     stamp.write_text(digest)
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -68,6 +70,15 @@ class Load:
     requests_per_client: int
 
 
+def run_bench_serving(args: list[str], log: Path) -> None:
+    """Run `sglang.bench_serving` as a command, with its output in a file."""
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.argv = ["sglang.bench_serving", *args]
+    runpy.run_module("sglang.bench_serving", run_name="__main__")
+
+
 def bench_serving(
     load: Load, url: str, fields: dict[str, Any], clients: int, stream: bool
 ) -> dict[str, Any]:
@@ -76,26 +87,31 @@ def bench_serving(
     Raises:
         RuntimeError: If it fails or a request does, with the end of its output.
     """
-    with tempfile.NamedTemporaryFile(suffix=".jsonl") as output:
-        command = [sys.executable, "-m", "sglang.bench_serving", "--disable-tqdm"]
-        command += ["--backend", load.backend, "--base-url", url]
-        command += ["--model", load.model, "--tokenizer", load.tokenizer]
-        command += ["--dataset-name", "random-ids", "--random-range-ratio", "1"]
-        command += ["--random-input-len", str(load.input_tokens)]
-        command += ["--random-output-len", str(load.output_tokens)]
-        num_requests = max(clients * load.requests_per_client, MIN_REQUESTS)
-        command += ["--num-prompts", str(num_requests), "--max-concurrency", str(clients)]
-        command += ["--extra-request-body", json.dumps({"temperature": 0, **fields})]
-        command += ["--output-file", output.name]
-        if not stream:
-            command.append("--disable-stream")
-        # It would otherwise look the model up, and wait where there is no network.
-        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, env=env)
-        lines = output.read().splitlines()
-    if result.returncode != 0 or not lines:
-        raise RuntimeError(f"bench_serving failed:\n{(result.stdout + result.stderr)[-2000:]}")
-    metrics: dict[str, Any] = json.loads(lines[-1])
+    # It would otherwise look the model up, and wait where there is no network.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # Each run forks, since to import what it needs takes longer than most runs.
+    importlib.import_module("sglang.bench_serving")
+    num_requests = max(clients * load.requests_per_client, MIN_REQUESTS)
+    args = ["--disable-tqdm", "--backend", load.backend, "--base-url", url]
+    args += ["--model", load.model, "--tokenizer", load.tokenizer]
+    args += ["--dataset-name", "random-ids", "--random-range-ratio", "1"]
+    args += ["--random-input-len", str(load.input_tokens)]
+    args += ["--random-output-len", str(load.output_tokens)]
+    args += ["--num-prompts", str(num_requests), "--max-concurrency", str(clients)]
+    args += ["--extra-request-body", json.dumps({"temperature": 0, **fields})]
+    if not stream:
+        args.append("--disable-stream")
+    with tempfile.TemporaryDirectory() as folder:
+        output, log = Path(folder, "metrics.jsonl"), Path(folder, "log")
+        args += ["--output-file", str(output)]
+        process = multiprocessing.get_context("fork").Process(
+            target=run_bench_serving, args=(args, log)
+        )
+        process.start()
+        process.join()
+        if process.exitcode != 0 or not output.exists():
+            raise RuntimeError(f"bench_serving failed:\n{log.read_text()[-2000:]}")
+        metrics: dict[str, Any] = json.loads(output.read_text().splitlines()[-1])
     if metrics["completed"] != num_requests:
         raise RuntimeError(f"{url} answered {metrics['completed']} of {num_requests} requests")
     return metrics
@@ -128,16 +144,21 @@ def measure(
     for mode in modes:
         stream = mode == "streamed"
         for num_clients in clients:
-            samples: dict[str, dict[str, list[float]]] = {}
+            keys = list(METRICS) if stream else ["output_throughput"]
+            samples: dict[str, dict[str, list[float]]] = {
+                key: {name: [] for name, _, _ in variants} for key in keys
+            }
             # The first round warms up, but not for one that only tries the script.
             num_warmups = int(rounds > 1)
             for round_ in range(num_warmups + rounds):
-                for name, server, fields in variants:
+                # Another one is first in each round, since the first may find the machine idle.
+                first = round_ % len(variants)
+                for name, server, fields in variants[first:] + variants[:first]:
                     metrics = bench_serving(load, urls[server], fields, num_clients, stream)
                     if round_ < num_warmups:
                         continue
-                    for key in METRICS if stream else ["output_throughput"]:
-                        samples.setdefault(key, {}).setdefault(name, []).append(metrics[key])
+                    for key, by_variant in samples.items():
+                        by_variant[name].append(metrics[key])
             samples["bytes"] = {
                 name: [bytes_per_token(load, urls[server], fields, stream)]
                 for name, server, fields in variants

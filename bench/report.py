@@ -35,8 +35,7 @@ NOTES = {
         "`stock, tokenized again` adds one `tokenizer.encode` of the text, without the proxy "
         "that would call it. The string-replacing patch does not touch completions. All of the "
         "text is reasoning in `chat with reasoning`, and no call in `chat with tools`; "
-        "`chat with usage` asks for `continuous_usage_stats`, so that the handler makes every "
-        "chunk."
+        "`chat with usage` asks for `continuous_usage_stats`."
     ),
     "instructions": (
         "Instructions of a streamed chunk under callgrind, which settles what times are too "

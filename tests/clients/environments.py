@@ -29,8 +29,9 @@ def client_python(name: str) -> Path:
     python = env / "bin" / "python"
     if stamp.exists() and stamp.read_text() == requirements + sys.version:
         return python
-    venv.create(env, clear=True, with_pip=True, symlinks=True)
-    pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    venv.create(env, clear=True, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    pip += ["--python", str(python), "install"]
     # What is imported is compiled then, which is little of it.
     options = ["--no-deps", "--no-compile"]
     subprocess.run([*pip, *options, "-r", CLIENTS / f"requirements-{name}.txt"], check=True)

@@ -199,8 +199,10 @@ class Server:
     @contextlib.contextmanager
     def slowed_down(self) -> Iterator[None]:
         self.slow_down()
-        yield
-        self.slow_down(0)
+        try:
+            yield
+        finally:
+            self.slow_down(0)
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")

@@ -11,10 +11,13 @@ only in the test environment. Nothing of it is in the wheel.
   operators are defined that its library would define.
 - Memory can only be pinned for a GPU. SGLang 0.5.12 pins some for log-probabilities of
   prompts on any device; 0.5.9 and 0.5.15 do not.
+- uvicorn ends a worker that does not answer within 5 s, again and again where it takes
+  longer to import SGLang, as it does on two busy cores.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import sys
@@ -115,6 +118,20 @@ class UnpinnedMemory(importlib.abc.MetaPathFinder):
         torch.tensor = tensor
 
 
+class PatientSupervisor(importlib.abc.MetaPathFinder):
+    """Has uvicorn wait for slow workers, just before SGLang first needs it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> None:
+        if fullname != "sglang.srt.entrypoints.http_server":
+            return
+        import uvicorn
+
+        uvicorn.run = functools.partial(uvicorn.run, timeout_worker_healthcheck=120)
+
+
 sys.meta_path.insert(0, TorchvisionSchemas())
+sys.meta_path.insert(0, PatientSupervisor())
 sys.meta_path.insert(0, UnpinnedMemory())
 sys.meta_path.append(MissingModuleFinder())

@@ -22,7 +22,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 MISSING = ("sgl_kernel", "torchaudio")
@@ -77,61 +77,62 @@ class MissingModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-class TorchvisionSchemas(importlib.abc.MetaPathFinder):
-    """Defines the schemas just before torchvision is first imported."""
+class BeforeImport(importlib.abc.MetaPathFinder):
+    """Calls a function just before a module is first imported."""
 
-    library: Any = None
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> None:
-        if fullname != "torchvision" or self.library is not None:
-            return
-        import torch
-
-        if torch.version.cuda is not None:
-            # With a CUDA build of torch the library loads and defines them itself.
-            return
-        self.library = torch.library.Library("torchvision", "DEF")
-        signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        for name in ("nms", "qnms"):
-            self.library.define(name + signature)
-
-
-class UnpinnedMemory(importlib.abc.MetaPathFinder):
-    """Makes torch.tensor ignore pin_memory just before SGLang first needs it."""
+    def __init__(self, module: str, prepare: Callable[[], None]):
+        self.module = module
+        self.prepare = prepare
+        self.is_done = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> None:
-        if fullname != "sglang.srt.layers.logits_processor":
-            return
-        import torch
-
-        if torch.accelerator.is_available():
-            return
-        make_tensor: Any = torch.tensor
-
-        def tensor(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
-            return make_tensor(*args, **kwargs)
-
-        torch.tensor = tensor
+        if fullname == self.module and not self.is_done:
+            self.is_done = True
+            self.prepare()
 
 
-class PatientSupervisor(importlib.abc.MetaPathFinder):
-    """Has uvicorn wait for slow workers, just before SGLang first needs it."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> None:
-        if fullname != "sglang.srt.entrypoints.http_server":
-            return
-        import uvicorn
-
-        uvicorn.run = functools.partial(uvicorn.run, timeout_worker_healthcheck=120)
+# The schemas last as long as their library.
+libraries: list[Any] = []
 
 
-sys.meta_path.insert(0, TorchvisionSchemas())
-sys.meta_path.insert(0, PatientSupervisor())
-sys.meta_path.insert(0, UnpinnedMemory())
+def define_schemas() -> None:
+    import torch
+
+    if torch.version.cuda is not None:
+        # With a CUDA build of torch the library loads and defines them itself.
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    libraries.append(library)
+    signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    for name in ("nms", "qnms"):
+        library.define(name + signature)
+
+
+def ignore_pin_memory() -> None:
+    import torch
+
+    if torch.accelerator.is_available():
+        return
+    make_tensor: Any = torch.tensor
+
+    def tensor(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+        return make_tensor(*args, **kwargs)
+
+    torch.tensor = tensor
+
+
+def wait_for_slow_workers() -> None:
+    import uvicorn
+
+    uvicorn.run = functools.partial(uvicorn.run, timeout_worker_healthcheck=120)
+
+
+PREPARATIONS = {
+    "torchvision": define_schemas,
+    "sglang.srt.layers.logits_processor": ignore_pin_memory,
+    "sglang.srt.entrypoints.http_server": wait_for_slow_workers,
+}
+sys.meta_path[:0] = [BeforeImport(*item) for item in PREPARATIONS.items()]
 sys.meta_path.append(MissingModuleFinder())

@@ -124,6 +124,18 @@ def samples(*tokens: str, **fields: Any) -> dict[str, Any]:
     return {"logit_bias": bias, "max_tokens": 20, **penalties, **fields}
 
 
+def samples_ascii(num_tokens: int, **fields: Any) -> dict[str, Any]:
+    """A request whose answer is that many random tokens, all of them ASCII.
+
+    Of bytes that are no UTF-8, the detokenizer may send a character twice.
+    """
+    tokenizer = load_tokenizer()
+    not_ascii = [i for i in range(len(tokenizer)) if not tokenizer.decode([i]).isascii()]
+    bias = dict.fromkeys(map(str, not_ascii), -100)
+    limits = {"max_tokens": num_tokens, "ignore_eos": True}
+    return {"temperature": 1.0, "logit_bias": bias, **limits, **fields}
+
+
 REASONING_CASES: dict[str, dict[str, Any]] = {
     "reasoning and answer": thinks("<think>日本 hm</think>yes"),
     "reasoning cut short": thinks("<think>" + "hm " * 20 + "</think>yes", max_tokens=20),
@@ -631,8 +643,7 @@ def test_abort_in_the_queue(server: Server, path: str, streamed: bool) -> None:
 def test_retraction(server: Server, path: str) -> None:
     """Requests that the scheduler takes back and prefills again lose no id."""
     make = chat if path == CHAT else completion
-    case = {"max_tokens": 40, "ignore_eos": True, "temperature": 1.0, "logprobs": True}
-    bodies = [make({**case, "seed": i}) for i in range(6)]
+    bodies = [make(samples_ascii(40, seed=i, logprobs=True)) for i in range(6)]
     retracted = re.compile(r"#retracted_reqs: [1-9]")
     before = len(retracted.findall(server.log_text()))
     with ThreadPoolExecutor(6) as pool:
@@ -665,18 +676,8 @@ def test_64_concurrent_incremental_streams(server: Server, path: str) -> None:
     make = chat if path == CHAT else completion
     start = threading.Barrier(64)
 
-    tokenizer = load_tokenizer()
-    # Bytes that are no UTF-8 read differently one by one and together.
-    ids_not_ascii = [i for i in range(len(tokenizer)) if not tokenizer.decode([i]).isascii()]
-    fields = {
-        "max_tokens": 60,
-        "ignore_eos": True,
-        "temperature": 1.0,
-        "logit_bias": dict.fromkeys(map(str, ids_not_ascii), -100),
-    }
-
     def one(number: int) -> tuple[list[dict[str, Any]], dict[int, list[int]]]:
-        body = make({**fields, "seed": number})
+        body = make(samples_ascii(60, seed=number))
         start.wait()
         chunks = stream(server, path, body)
         return chunks, check_stream(chunks, path == CHAT, {})
@@ -691,7 +692,7 @@ def test_64_concurrent_incremental_streams(server: Server, path: str) -> None:
             assert len(ids[0]) == 60
             if not cuts_text:
                 shown = "".join(text_of(c) for chunk in chunks for c in chunk["choices"])
-                assert shown == tokenizer.decode(ids[0], skip_special_tokens=True)
+                assert shown == load_tokenizer().decode(ids[0], skip_special_tokens=True)
             choices = [choice for chunk in chunks for choice in chunk["choices"]]
             merged += sum(len(choice.get("token_ids", [])) > 1 for choice in choices)
         if merged:

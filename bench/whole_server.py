@@ -109,9 +109,10 @@ def bench_serving(
         )
         process.start()
         process.join()
-        if process.exitcode != 0 or not output.exists():
+        lines = output.read_text().splitlines() if output.exists() else []
+        if process.exitcode != 0 or not lines:
             raise RuntimeError(f"bench_serving failed:\n{log.read_text()[-2000:]}")
-        metrics: dict[str, Any] = json.loads(output.read_text().splitlines()[-1])
+        metrics: dict[str, Any] = json.loads(lines[-1])
     if metrics["completed"] != num_requests:
         raise RuntimeError(f"{url} answered {metrics['completed']} of {num_requests} requests")
     return metrics

@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from tests.engine.release import ROOT
-from tests.engine.server import Server
+from tests.engine.server import START_TIMEOUT_S, Server
 from tests.engine.tiny_model import tiny_model_path
 from tools.verify import reserve_port
 
@@ -40,7 +40,7 @@ def process(name: str, command: list[str], ready_url: str) -> Iterator[None]:
     with log_path.open("w") as log:
         running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             with contextlib.suppress(requests.RequestException):
                 if requests.get(ready_url, timeout=5).ok:

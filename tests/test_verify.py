@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.release import NUMBER, ROOT
-from tests.engine.server import BASE_FLAGS, Server
+from tests.engine.server import BASE_FLAGS, START_TIMEOUT_S, Server
 from tests.engine.tiny_model import tiny_model_path
 
 
@@ -21,7 +21,7 @@ def verify(*args: str) -> subprocess.CompletedProcess[str]:
         command,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=START_TIMEOUT_S,
         cwd=ROOT / "build",
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
@@ -59,7 +59,7 @@ def test_starts_a_server_itself(server: str) -> None:
         + ["--model", str(tiny_model_path()), "--max-tokens", "16", "--", *flags],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=START_TIMEOUT_S,
         cwd=ROOT / "build",
     )
     assert result.returncode == 0, result.stdout + result.stderr

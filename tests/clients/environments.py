@@ -18,7 +18,7 @@ from tests.engine.release import ROOT
 from tests.engine.tiny_model import tiny_model_path
 
 CLIENTS = Path(__file__).parent
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 
 
 def client_python(name: str) -> Path:

@@ -20,7 +20,7 @@ from tests.engine.release import NUMBER, ROOT, STOCK, UPSTREAM
 from tests.engine.tiny_model import tiny_model_path
 from tools.verify import reserve_port
 
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 600.0
 ON_GPU = os.environ.get("TEST_DEVICE") == "cuda"
 BASE_FLAGS = [
     "--grammar-backend=llguidance",

@@ -60,19 +60,25 @@ SMALLEST_LAYERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How a server is started."""
+    """How a server is started.
+
+    Attributes:
+        spawns: Whether its processes are spawned, as they are for users. To fork them takes
+            a third of the CPU time.
+    """
 
     flags: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     overlap: bool = False
     stock: bool = False
     qwen: bool = False
+    spawns: bool = False
 
 
 # Tests come in this order, so those that are compared with stock are next to it.
 MODES: dict[str, Mode] = {
-    "stock": Mode(stock=True),
-    "default": Mode(),
+    "stock": Mode(stock=True, spawns=True),
+    "default": Mode(spawns=True),
     "default_on": Mode(("--return-token-ids",)),
     "stream_output": Mode((INCREMENTAL,)),
     "stream_interval": Mode(("--stream-interval=4",)),
@@ -100,10 +106,11 @@ MODES: dict[str, Mode] = {
             f"--json-model-override-args={json.dumps(SMALLEST_LAYERS)}",
         ),
         env=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),
+        spawns=True,
     ),
     # Their weights change.
     "weights": Mode(("--enable-trainer-routes",)),
-    "trainer": Mode(("--enable-trainer-routes",), overlap=True),
+    "trainer": Mode(("--enable-trainer-routes",), overlap=True, spawns=True),
     "trainer_tp": Mode(
         ("--enable-trainer-routes", "--tp-size=2"),
         env=(("SGLANG_CPU_OMP_THREADS_BIND", "0|1"),),
@@ -167,6 +174,7 @@ class Server:
             env["SGLANG_USE_CPU_ENGINE"] = "1"
             # The model is so small that more threads only wait for each other.
             env["OMP_NUM_THREADS"] = "1"
+            env["TEST_FORK"] = str(int(not mode.spawns))
         # The model is on the disk: nothing is to be looked up.
         env["HF_HUB_OFFLINE"] = "1"
         if mode.stock:

@@ -13,6 +13,8 @@ only in the test environment. Nothing of it is in the wheel.
   prompts on any device; 0.5.9 and 0.5.15 do not.
 - uvicorn ends a worker that does not answer within 5 s, again and again where it takes
   longer to import SGLang, as it does on two busy cores.
+- With TEST_FORK=1 a server forks its scheduler and detokenizer. It otherwise spawns them,
+  and what takes most of its start is that each imports SGLang again.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -129,9 +132,23 @@ def wait_for_slow_workers() -> None:
     uvicorn.run = functools.partial(uvicorn.run, timeout_worker_healthcheck=120)
 
 
+def fork_processes() -> None:
+    import multiprocessing
+
+    if os.environ.get("TEST_FORK") != "1":
+        return
+    set_start_method: Any = multiprocessing.set_start_method
+
+    def fork(method: str, force: bool = False) -> None:
+        set_start_method("fork", force)
+
+    multiprocessing.set_start_method = fork
+
+
 PREPARATIONS = {
     "torchvision": define_schemas,
     "sglang.srt.layers.logits_processor": ignore_pin_memory,
+    "sglang.srt.entrypoints.engine": fork_processes,
     "sglang.srt.entrypoints.http_server": wait_for_slow_workers,
 }
 sys.meta_path[:0] = [BeforeImport(*item) for item in PREPARATIONS.items()]

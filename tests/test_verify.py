@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.release import NUMBER, ROOT
-from tests.engine.server import BASE_FLAGS, START_TIMEOUT_S, Server
+from tests.engine.server import BASE_ENV, BASE_FLAGS, START_TIMEOUT_S, Server
 from tests.engine.tiny_model import tiny_model_path
 
 
@@ -23,7 +23,7 @@ def verify(*args: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=START_TIMEOUT_S,
         cwd=ROOT / "build",
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **BASE_ENV},
     )
 
 
@@ -54,14 +54,7 @@ def test_fails_on_a_stock_server(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize("server", ["default"])
 def test_starts_a_server_itself(server: str) -> None:
     flags = ["--disable-overlap-schedule", *BASE_FLAGS]
-    result = subprocess.run(
-        ["env", "SGLANG_USE_CPU_ENGINE=1", sys.executable, str(ROOT / "tools" / "verify.py")]
-        + ["--model", str(tiny_model_path()), "--max-tokens", "16", "--", *flags],
-        capture_output=True,
-        text=True,
-        timeout=START_TIMEOUT_S,
-        cwd=ROOT / "build",
-    )
+    result = verify("--model", str(tiny_model_path()), "--max-tokens", "16", "--", *flags)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 FAIL" in result.stdout
 

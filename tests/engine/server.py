@@ -30,6 +30,8 @@ BASE_FLAGS = [
     "--max-total-tokens=65536",
     "--tool-call-parser=qwen",
 ]
+# The model is on the disk: nothing is to be looked up.
+BASE_ENV = {"HF_HUB_OFFLINE": "1"}
 if ON_GPU:
     BASE_FLAGS += ["--attention-backend=triton", "--sampling-backend=pytorch"]
     BASE_FLAGS += ["--mem-fraction-static=0.3", "--cuda-graph-max-bs=64"]
@@ -37,6 +39,9 @@ if ON_GPU:
     BASE_FLAGS += ["--cuda-graph-backend-prefill=disabled"]
 else:
     BASE_FLAGS += ["--device=cpu", "--attention-backend=torch_native"]
+    BASE_ENV |= {"SGLANG_USE_CPU_ENGINE": "1", "TEST_FORK": "1"}
+    # The model is so small that more threads only wait for each other.
+    BASE_ENV |= {"OMP_NUM_THREADS": "1"}
 
 
 INCREMENTAL = "--stream-output" if NUMBER < (0, 5, 12) else "--incremental-streaming-output"
@@ -106,7 +111,6 @@ MODES: dict[str, Mode] = {
             f"--json-model-override-args={json.dumps(SMALLEST_LAYERS)}",
         ),
         env=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),
-        spawns=True,
     ),
     # Their weights change.
     "weights": Mode(("--enable-trainer-routes",)),
@@ -169,14 +173,9 @@ class Server:
         command += ["--port", str(self.port)]
         command += BASE_FLAGS if mode.overlap else [*BASE_FLAGS, "--disable-overlap-schedule"]
         command += mode.flags
-        env = {**os.environ, **dict(mode.env)}
-        if not ON_GPU:
-            env["SGLANG_USE_CPU_ENGINE"] = "1"
-            # The model is so small that more threads only wait for each other.
-            env["OMP_NUM_THREADS"] = "1"
-            env["TEST_FORK"] = str(int(not mode.spawns))
-        # The model is on the disk: nothing is to be looked up.
-        env["HF_HUB_OFFLINE"] = "1"
+        env = {**os.environ, **BASE_ENV, **dict(mode.env)}
+        if mode.spawns:
+            env["TEST_FORK"] = "0"
         if mode.stock:
             env["PYTHONPATH"] = str(STOCK)
         with self.log.open("w") as log:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,13 @@ def run(module: str, *args: str) -> subprocess.CompletedProcess[str]:
 def results(tmp_path_factory: pytest.TempPathFactory, servers: ServerPool) -> Path:
     folder = tmp_path_factory.mktemp("results")
     urls = [f"--stock={servers.get('stock').url}", f"--patched={servers.get('default').url}"]
-    for module, args in SHORT.items():
-        more = urls if module == "whole_server" else []
-        result = run(module, *args, *more, "--json", str(folder / f"{module}.json"))
-        assert result.returncode == 0, result.stdout + result.stderr
+    short = {**SHORT, "whole_server": SHORT["whole_server"] + urls}
+    with ThreadPoolExecutor(len(short)) as pool:
+        for result in pool.map(
+            lambda module: run(module, *short[module], "--json", str(folder / f"{module}.json")),
+            short,
+        ):
+            assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
 

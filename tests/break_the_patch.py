@@ -97,6 +97,13 @@ MUTANTS: dict[str, Mutant] = {
         "choice.num_sent = end - (end - start > 2)\n        logprobs",
         [PROPERTIES],
     ),
+    "sent-again-after-retraction": Mutant(
+        "C7",
+        "srt/managers/schedule_batch.py",
+        "        self.retraction_count += 1\n",
+        "        self.retraction_count += 1\n        self.send_token_offset = 0\n",
+        [END_TO_END, "-k", "test_retraction"],
+    ),
     "parsed-twice": Mutant(
         "C4",
         RECORDER,

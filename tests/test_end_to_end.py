@@ -675,9 +675,10 @@ def test_64_concurrent_incremental_streams(server: Server, path: str) -> None:
     """Under load the HTTP side lags behind the engine, and must still miss no id."""
     make = chat if path == CHAT else completion
     start = threading.Barrier(64)
+    fields = samples_ascii(60)
 
     def one(number: int) -> tuple[list[dict[str, Any]], dict[int, list[int]]]:
-        body = make(samples_ascii(60, seed=number))
+        body = make({**fields, "seed": number})
         start.wait()
         chunks = stream(server, path, body)
         return chunks, check_stream(chunks, path == CHAT, {})

@@ -34,13 +34,14 @@ def run(module: str, *args: str) -> subprocess.CompletedProcess[str]:
 def results(tmp_path_factory: pytest.TempPathFactory, servers: ServerPool) -> Path:
     folder = tmp_path_factory.mktemp("results")
     urls = [f"--stock={servers.get('stock').url}", f"--patched={servers.get('default').url}"]
-    short = {**SHORT, "whole_server": SHORT["whole_server"] + urls}
-    with ThreadPoolExecutor(len(short)) as pool:
-        for result in pool.map(
-            lambda module: run(module, *short[module], "--json", str(folder / f"{module}.json")),
-            short,
-        ):
-            assert result.returncode == 0, result.stdout + result.stderr
+
+    def measure(module: str) -> None:
+        more = urls if module == "whole_server" else []
+        result = run(module, *SHORT[module], *more, "--json", str(folder / f"{module}.json"))
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    with ThreadPoolExecutor(len(SHORT)) as pool:
+        list(pool.map(measure, SHORT))
     return folder
 
 

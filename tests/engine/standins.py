@@ -1,8 +1,8 @@
-"""Make a stock SGLang importable on a machine without a GPU.
+"""Make a stock SGLang importable, and quick to start, on a machine without a GPU.
 
 Loaded at every start of the test environment's Python, so that it also reaches the
-processes that the server spawns. It stands in only for what does not import here, and
-only in the test environment. Nothing of it is in the wheel.
+processes that the server spawns. It stands in only for what does not import here or takes
+too long, and only in the test environment. Nothing of it is in the wheel.
 
 - `sgl_kernel` needs CUDA. It is imported unconditionally; nothing of it is called with
   the CPU engine. The stand-in has any attribute, and raises if one is called.

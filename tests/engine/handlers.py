@@ -17,6 +17,20 @@ class Handlers(NamedTuple):
     manager: Any
     chat: Any
     completions: Any
+    templates: Any
+
+    def with_parsers(self, tool_call_parser: str | None, reasoning_parser: str | None) -> Handlers:
+        """Make the chat handler anew, as a server with these parsers has it.
+
+        It derives more from them than their names, and the tokenizer manager nothing.
+        """
+        parsers = {"tool_call_parser": tool_call_parser, "reasoning_parser": reasoning_parser}
+        if NUMBER < (0, 5, 23):
+            for name, value in parsers.items():
+                setattr(self.manager.server_args, name, value)
+        else:
+            self.manager.record_config_updates("tests", **parsers)
+        return self._replace(chat=type(self.chat)(self.manager, self.templates))
 
 
 def make_handlers(*flags: str) -> Handlers:
@@ -43,5 +57,8 @@ def make_handlers(*flags: str) -> Handlers:
     templates = TemplateManager()
     templates.initialize_templates(manager, path)
     return Handlers(
-        manager, OpenAIServingChat(manager, templates), OpenAIServingCompletion(manager, templates)
+        manager,
+        OpenAIServingChat(manager, templates),
+        OpenAIServingCompletion(manager, templates),
+        templates,
     )

@@ -2,7 +2,7 @@
 # make test      build it, install it in an environment of its own, prove the contract
 # make check     prove that the series applies exactly and exports to the same files
 # make wheel-all | test-all | check-all           the same for every release
-# make status    what each series touches, what it shares, its upstream status
+# make status    how much of upstream each series touches, its upstream status
 # make pins      recompute the hashes of pins.toml
 # make port      start the series of a release: FROM=v0.5.9 TO=v0.5.23
 # make upstream-prs   the patches as pull requests to upstream, in dist/upstream

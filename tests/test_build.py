@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,8 +75,22 @@ def expect_refusal(project: Path, words: list[str], name: str = "build", **kwarg
     assert not list((project / "dist").glob("*.whl"))
 
 
-def series_patches(project: Path) -> list[Path]:
-    return sorted((project / "patches" / UPSTREAM).glob("*.patch"))
+def series_patches(project: Path, release: str = UPSTREAM) -> list[Path]:
+    names = (project / "patches" / release / "series").read_text().split()
+    return [project / "patches" / name for name in names]
+
+
+def patch_of(project: Path, word: str, release: str = UPSTREAM) -> Path:
+    """Return the patch of the release, not of common/, that has `word` in its name."""
+    [path] = (project / "patches" / release).glob(f"*{word}*.patch")
+    return path
+
+
+def contents(project: Path) -> dict[str, bytes]:
+    """Return every file of patches/."""
+    patches = project / "patches"
+    files = [path for path in patches.rglob("*") if path.is_file()]
+    return {str(path.relative_to(patches)): path.read_bytes() for path in files}
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -151,17 +166,28 @@ def test_submodule_at_another_commit(project: Path) -> None:
 
 
 @default_only
-def test_patch_not_listed(project: Path) -> None:
-    extra = project / "patches" / "v0.5.9" / "0099-extra.patch"
+@pytest.mark.parametrize("folder", ["common", UPSTREAM])
+def test_patch_not_listed(project: Path, folder: str) -> None:
+    extra = project / "patches" / folder / "extra.patch"
     shutil.copy(series_patches(project)[0], extra)
-    expect_refusal(project, ["0099-extra.patch", "not listed"])
+    expect_refusal(project, [f"{folder}/extra.patch", "not listed"])
+
+
+@default_only
+def test_patch_of_another_release(project: Path) -> None:
+    name = f"v0.5.23/{patch_of(project, 'tokenizer-manager', 'v0.5.23').name}"
+    series = project / "patches" / UPSTREAM / "series"
+    series.write_text(series.read_text() + f"{name}\n")
+    expect_refusal(project, [name, "neither in common/ nor in v0.5.9/"])
 
 
 @default_only
 def test_patch_not_on_disk(project: Path) -> None:
-    patch = series_patches(project)[0]
-    patch.unlink()
-    expect_refusal(project, [patch.name, "not on disk"])
+    for patch in series_patches(project)[:2]:
+        content = patch.read_bytes()
+        patch.unlink()
+        expect_refusal(project, [f"{patch.parent.name}/{patch.name}", "not on disk"])
+        patch.write_bytes(content)
 
 
 @default_only
@@ -172,18 +198,37 @@ def test_patch_without_upstream_status(project: Path) -> None:
 
 
 @default_only
-def test_patch_that_does_not_apply(project: Path) -> None:
+def test_patch_with_more_than_an_upstream_status(project: Path) -> None:
     patch = series_patches(project)[0]
-    edit(patch, "\n-        return GenerateReqInput(", "\n-        return SomethingElse(")
-    file = "python/sglang/srt/managers/io_struct.py"
-    expect_refusal(project, [patch.name, file, "hunk #2", "@@"])
+    edit(patch, "\nForwarded: no\n", "\nForwarded: no, to be proposed\n")
+    expect_refusal(project, [patch.name, "`Forwarded: no, to be proposed`", "`not-needed`"])
+
+
+@default_only
+def test_patch_that_is_cut_short(project: Path) -> None:
+    patch = series_patches(project)[0]
+    patch.write_text("".join(patch.read_text().splitlines(keepends=True)[:-3]))
+    expect_refusal(project, [patch.name, "is no patch"])
+
+
+@default_only
+def test_patch_that_does_not_apply(project: Path) -> None:
+    patch = patch_of(project, "openai-return-token-ids")
+    first = re.search(r"\n@@ .+\n .*", patch.read_text())
+    assert first is not None
+    edit(patch, first[0], f"{first[0]}, another")
+    file = "python/sglang/srt/entrypoints/openai/protocol.py"
+    expect_refusal(project, [f"{UPSTREAM}/{patch.name}", file, "hunk #1", "@@"])
 
 
 @default_only
 def test_patch_that_applies_with_an_offset(project: Path) -> None:
-    patch = series_patches(project)[0]
-    edit(patch, "\n@@ -279,6 +279,10 @@", "\n@@ -275,6 +275,10 @@")
-    expect_refusal(project, [patch.name, "io_struct.py", "offset", "hunk #1"])
+    patch = patch_of(project, "openai-return-token-ids")
+    hunk = re.search(r"\n@@ -(\d+),6 \+(\d+),7 @@", patch.read_text())
+    assert hunk is not None
+    old, new = (int(start) - 4 for start in hunk.groups())
+    edit(patch, hunk[0], f"\n@@ -{old},6 +{new},7 @@")
+    expect_refusal(project, [patch.name, "protocol.py", "offset", "hunk #1"])
 
 
 def path_with(folder: Path, *programs: str) -> str:
@@ -206,25 +251,106 @@ def test_no_quilt(project: Path, tmp_path: Path) -> None:
     expect_refusal(project, ["quilt", "not installed"], name="series", args="check", path=path)
 
 
-@default_only
-def test_an_edit_becomes_a_patch(project: Path) -> None:
-    """tree, commit, refresh: the new commit is the last patch, the others are unchanged."""
-    before = {path.name: path.read_bytes() for path in series_patches(project)}
+@pytest.fixture
+def tree(project: Path) -> Path:
+    """The repository of the series, in the project."""
     assert tool(project, "series", "tree")[0] == 0
-    tree = project / "build" / "v0.5.9" / "tree"
-    version = tree / "python" / "sglang" / "version.py"
-    version.write_text(version.read_text() + "# edited\n")
+    return project / "build" / UPSTREAM / "tree"
+
+
+def commit(tree: Path, subject: str, *files: str, forwarded: str = "no") -> None:
+    """Add a line to each file and commit them."""
+    for file in files:
+        with (tree / file).open("a") as opened:
+            opened.write("# edited\n")
+    git(tree, "add", "--all")
+    message = f"{subject}\n\nForwarded: {forwarded}\nSigned-off-by: t"
+    git(tree, "commit", "--quiet", "-m", message)
+
+
+VERSION_FILE = "python/sglang/version.py"
+OWN_FILE = "python/sglang/srt/entrypoints/openai/token_ids.py"
+NEW_FILE = "python/sglang/new.py"
+
+
+@default_only
+def test_an_edit_becomes_a_patch(project: Path, tree: Path) -> None:
+    """What a commit adds is for all releases, what it changes for this one."""
+    before = contents(project)
+    series = f"{UPSTREAM}/series"
+    subject = "Version: 2.0 -- an edit, longer than a file name of `git format-patch` can ever be"
+    (tree / VERSION_FILE).write_text("# edited\n")
     status, _, err = tool(project, "series", "refresh")
     assert status == 1 and "not committed" in err
-    git(tree, "commit", "--quiet", "-a", "-m", "version: edit\n\nForwarded: no\nSigned-off-by: t")
-    status, _, err = tool(project, "series", "refresh")
-    assert status == 0, err
-    after = {path.name: path.read_bytes() for path in series_patches(project)}
-    assert after.pop(f"{len(before) + 1:04}-version-edit.patch")
-    assert after == before
+    commit(tree, subject, VERSION_FILE, NEW_FILE)
+    assert tool(project, "series", "refresh")[0] == 0
+    after = contents(project)
+    slug = "version-2-0-an-edit-longer-than-a-file-name-of-git-format-patch-can-ever-be.patch"
+    listed = after.pop(series)
+    assert listed == before[series] + f"common/{slug}\n{UPSTREAM}/{slug}\n".encode()
+    added, changed = after.pop(f"common/{slug}"), after.pop(f"{UPSTREAM}/{slug}")
+    assert b"new.py" in added and b"version.py" not in added
+    assert b"version.py" in changed and b"new.py" not in changed
+    assert added.partition(b"\n---\n")[0] == changed.partition(b"\n---\n")[0]
+    assert {**after, series: before[series]} == before
+
     if shutil.which("quilt"):
         status, _, err = tool(project, "series", "check")
         assert status == 0, err
+
+    # A patch that no series lists any more goes.
+    git(tree, "reset", "--quiet", "--hard", "HEAD^")
+    status, out, err = tool(project, "series", "refresh")
+    assert status == 0 and f"common/{slug}: removed" in out, err
+    assert contents(project) == before
+
+
+@default_only
+def test_what_cannot_be_exported(project: Path, tree: Path) -> None:
+    """One line says why, and patches/ stays as it is."""
+    before = contents(project)
+
+    def refused(*words: str) -> None:
+        expect_refusal(project, list(words), name="series", args="refresh")
+        git(tree, "reset", "--quiet", "--hard", "HEAD^")
+        assert contents(project) == before
+
+    commit(tree, "token_ids: again", OWN_FILE)
+    adding = "token_ids: add exact token ids to responses, whole and streamed"
+    refused('"token_ids: again"', OWN_FILE, f'"{adding}"')
+    commit(tree, "Token IDs -- add exact token ids to responses: whole and streamed", NEW_FILE)
+    refused("two commits", "common/token-ids-add-exact-token-ids-to-responses-whole-and-streamed")
+    commit(tree, "version: edit", VERSION_FILE, forwarded="yes")
+    refused("version-edit.patch", "`Forwarded: yes`")
+    git(tree, "commit", "--quiet", "--allow-empty", "-m", "nothing")
+    refused('"nothing" changes no file')
+
+
+@default_only
+def test_a_module_changes_for_all_releases(project: Path, tree: Path) -> None:
+    """The one that is refreshed and the others apply it from the same file."""
+    before = contents(project)
+    with (tree / OWN_FILE).open("a") as opened:
+        opened.write("# edited\n")
+    adding = git(tree, "log", "--format=%H", "--diff-filter=A", "--", OWN_FILE).strip()
+    git(tree, "commit", "--quiet", "-a", f"--fixup={adding}")
+    git(tree, "-c", "sequence.editor=true", "rebase", "--quiet", "-i", "--autosquash", "upstream")
+    status, out, err = tool(project, "series", "refresh")
+    assert status == 0, err
+    name = "common/token-ids-add-exact-token-ids-to-responses-whole-and-streamed.patch"
+    [line] = [line for line in out.splitlines() if line.startswith("common/")]
+    others = [release for release in PINS["releases"] if release != UPSTREAM]
+    assert line.startswith(f"{name}: changed") and all(other in line for other in others)
+    after = contents(project)
+    assert after[name] != before[name]
+    assert {**after, name: before[name]} == before
+
+    other = others[-1]
+    assert tool(project, "series", "--release", other, "tree")[0] == 0
+    assert (project / "build" / other / "tree" / OWN_FILE).read_text().endswith("# edited\n")
+    status, out, err = tool(project, "series", "--release", other, "refresh")
+    assert status == 0 and "changed" not in out, err
+    assert contents(project) == after
 
 
 def fake_environment(path: Path, version: str | None) -> Path:
@@ -289,24 +415,41 @@ def test_status_of_every_release(project: Path) -> None:
     status, out, _ = tool(project, "status", "--json")
     assert status == 0
     rows = json.loads(out)
-    assert {row["release"] for row in rows} == set(PINS["releases"])
+    assert [row["release"] for row in rows] == list(PINS["releases"])
     for row in rows:
-        assert row["forwarded"] and 0 < row["shared_lines"] <= row["lines"]
-    # A patch of a module of our own alone is in other series too; one for v0.5.9 alone is not.
-    by_patch = {row["patch"]: row for row in rows if row["release"] == UPSTREAM}
-    common = by_patch["openai: return weight versions with token ids"]
-    assert common["upstream_lines"] == 0 and common["shared_lines"] == common["lines"]
-    own = by_patch["openai: add /inference/v1/generate, token ids in and token ids out"]
-    assert own["shared_lines"] < own["lines"] / 2
+        patches = row["patches"]
+        series = project / "patches" / row["release"] / "series"
+        assert [patch["file"] for patch in patches] == series.read_text().split()
+        assert row["upstream_lines"] == sum(patch["upstream_lines"] for patch in patches)
+        assert 0 < row["token_ids_out_lines"] <= 40
+        assert OWN_FILE in row["own_files"]
+        for patch in patches:
+            common = patch["file"].startswith("common/")
+            assert common == (not patch["upstream_lines"]) == bool(patch["own_files"])
+            assert not patch["shared_with"] or common
+        others = [name for name in PINS["releases"] if name != row["release"]]
+        [own] = [patch for patch in patches if OWN_FILE in patch["own_files"]]
+        assert own["shared_with"] == sorted(others) and own["prepared"] == "upstream/2-token-ids"
+    for row in rows:
+        # By another count: of the signs in the text of the patches.
+        texts = [(project / "patches" / patch["file"]).read_text() for patch in row["patches"]]
+        hunks = [t[t.index("\ndiff --git ") :] for t in texts if "\nnew file mode" not in t]
+        lines = [line for hunk in hunks for line in hunk.splitlines()]
+        signed = [line for line in lines if re.match(r"[+-](?!\+\+ b/|-- a/)", line)]
+        assert len(signed) == row["upstream_lines"]
+    status, out, _ = tool(project, "status")
+    assert status == 0
+    assert f"{UPSTREAM}: {rows[0]['upstream_lines']} lines in " in out
 
 
 @default_only
-def test_status_sees_a_module_that_differs(project: Path) -> None:
-    [patch] = (project / "patches" / "v0.5.23").glob("0003-*.patch")
-    edit(patch, '\n+_INDEX_KEY = \'"index":\'', '\n+_INDEX_KEY = \'"index": \'')
+def test_status_sees_a_module_with_two_sources(project: Path) -> None:
+    [patch] = (project / "patches" / "common").glob("token-ids-*.patch")
+    shutil.copy(patch, patch.with_name("other.patch"))
+    edit(project / "patches" / "v0.5.23" / "series", f"common/{patch.name}", "common/other.patch")
     status, _, err = tool(project, "status")
     assert status == 1
-    assert "entrypoints/openai/token_ids.py of v0.5.23" in err
+    assert OWN_FILE in err and f"common/{patch.name} and common/other.patch" in err
 
 
 @default_only
@@ -329,6 +472,6 @@ def test_a_port_to_itself_has_no_conflict(project: Path) -> None:
     status, out, err = tool(project, "port", "--from", UPSTREAM, "--to", UPSTREAM)
     assert status == 0, err
     assert "every patch applies" in out
-    before = {path.name: path.read_bytes() for path in series_patches(project)}
+    before = contents(project)
     assert tool(project, "series", "refresh")[0] == 0
-    assert before == {path.name: path.read_bytes() for path in series_patches(project)}
+    assert before == contents(project)

@@ -69,7 +69,7 @@ def test_the_installed_wheel_says_what_it_is() -> None:
     command = [sys.executable, "-m", "sglang.patches"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for patch in series_patches(ROOT):
-        assert patch.name in listing
+        assert f"  {patch.parent.name}/{patch.name}  " in listing
         assert hashlib.sha256(patch.read_bytes()).hexdigest()[:16] in listing
     version = "import sglang; print(sglang.__version__)"
     result = subprocess.run([sys.executable, "-c", version], capture_output=True, text=True)

@@ -105,7 +105,7 @@ def manifest_of(release: Release, patches: list[Patch]) -> dict[str, object]:
         "upstream_commit": release.commit,
         "series": [
             {
-                "file": patch.path.name,
+                "file": patch.name,
                 "subject": patch.subject,
                 "sha256": patch.sha256,
                 "forwarded": patch.forwarded,

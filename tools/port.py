@@ -2,8 +2,9 @@
 
 Pins the new release if it is not pinned, and makes build/<release>/tree: a git repository
 of the new source in which the patches of the other release are picked one by one, as
-three-way merges. Where one conflicts, git stops with markers in the files that clash:
-resolve them, `git cherry-pick --continue`, and `make patch-refresh UPSTREAM=<release>`.
+three-way merges. Those that add files of ours always apply. Where another conflicts, git
+stops with markers in the files that clash: resolve them, `git cherry-pick --continue`,
+and `make patch-refresh UPSTREAM=<release>`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 DIST = ROOT / "dist"
+PATCHES = ROOT / "patches"
 # Files that upstream's release copies from the root of its tree into `python/`.
 ROOT_FILES = ("LICENSE", "README.md")
 
@@ -66,7 +67,7 @@ class Release:
 
     @property
     def patches(self) -> Path:
-        return ROOT / "patches" / self.name
+        return PATCHES / self.name
 
     @property
     def build(self) -> Path:

@@ -1,8 +1,10 @@
 """The patch series of a release: check it, work on it, export it.
 
-Patches are never edited by hand. `tree` turns the series into a git repository with one
-commit for each patch, `new` commits a change there with the header of a patch, and
-`refresh` exports the commits back to patches/.
+patches/common/ has the patches that add files of ours, one source for all releases, and
+patches/<release>/ those that change upstream's files. The series of a release lists both
+in order. Patches are never edited by hand. `tree` turns the series into a git repository
+with one commit for each patch, `new` commits a change there with the header of a patch,
+and `refresh` exports the commits back to patches/, each to the folder where it belongs.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 from releases import (
+    PATCHES,
     ROOT,
     Release,
     ToolError,
@@ -32,6 +35,7 @@ from releases import (
     sha256_of,
 )
 
+COMMON = "common"
 FORMAT_PATCH = [
     "git",
     "-c",
@@ -48,6 +52,9 @@ TEMPLATE = """
 # <subsystem>: <what the patch does>
 #
 # <why it is needed, and why this way>
+#
+# Files that it adds are exported to common/, and changes of upstream's files to the folder
+# of the release. Where a pull request is prepared goes on a line `Prepared: upstream/...`.
 
 Forwarded: no
 Last-Update: {date}
@@ -60,62 +67,131 @@ class Patch:
 
     Attributes:
         subject: The first line of the message.
-        forwarded: Where the patch stands with upstream.
-        files: What it touches, as paths in upstream's tree.
+        forwarded: Where the patch stands with upstream: "no", "not-needed" or an address.
+        prepared: The folder of the pull request that has it, None if there is none.
+        changed: Upstream's files that it changes, with the number of lines added and removed.
+        added: Files that it adds, with the number of their lines.
     """
 
     path: Path
     subject: str
     forwarded: str
-    files: tuple[str, ...]
+    prepared: str | None
+    changed: dict[str, int]
+    added: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        """The patch as a series lists it, e.g. "common/token-ids.patch"."""
+        return name_of(self.path)
+
+    @property
+    def files(self) -> list[str]:
+        """What the patch touches, as paths in upstream's tree."""
+        return [*self.changed, *self.added]
 
     @property
     def sha256(self) -> str:
         return sha256_of(self.path)
 
 
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def slug_of(subject: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")
+
+
 def read_patch(path: Path) -> Patch:
     """Read a patch.
 
     Raises:
-        ToolError: If its header lacks something.
+        ToolError: If its header lacks something or it is no patch.
     """
-    header, _, diff = path.read_text().partition("\ndiff --git ")
+    header = path.read_text().partition("\ndiff --git ")[0]
     unfolded = re.sub(r"\n[ \t]+", " ", header)
-    fields = {}
+    fields = dict(re.findall(r"^([A-Z][A-Za-z-]+): (.+)$", unfolded, re.MULTILINE))
     for name in ("From", "Subject", "Forwarded", "Signed-off-by"):
-        match = re.search(rf"^{name}: (.+)$", unfolded, re.MULTILINE)
-        if match is None:
-            raise ToolError(f"{path.name} has no `{name}:` in its header")
-        fields[name] = match[1]
+        if name not in fields:
+            raise ToolError(f"{name_of(path)} has no `{name}:` in its header")
+    forwarded = fields["Forwarded"]
+    if not re.fullmatch(r"no|not-needed|https?://\S+", forwarded):
+        raise ToolError(
+            f"{name_of(path)} says `Forwarded: {forwarded}`, which must be `no`, `not-needed` or "
+            "the address where it was sent (https://...)"
+        )
+    changed, added = read_diff(path)
     return Patch(
         path,
         subject=re.sub(r"^\[PATCH[^]]*\] ", "", fields["Subject"]),
-        forwarded=fields["Forwarded"],
-        files=tuple(re.findall(r"^(?:diff --git )?a/(\S+) b/", "diff --git " + diff, re.MULTILINE)),
+        forwarded=forwarded,
+        prepared=fields.get("Prepared"),
+        changed=changed,
+        added=added,
     )
+
+
+def read_diff(path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the files that a patch changes and those that it adds, with its lines in each."""
+    folder = path.parent.resolve()
+    command = ["git", "apply", "--numstat", "--summary", str(path.resolve())]
+    try:
+        output = run(command, folder, git_environment(isolated_below=folder.parent))
+    except ToolError as e:
+        raise ToolError(f"{name_of(path)} is no patch: {e}") from None
+    created = set(re.findall(r"^ create mode \d+ (.+)$", output, re.MULTILINE))
+    changed: dict[str, int] = {}
+    added: dict[str, int] = {}
+    for plus, minus, file in re.findall(r"^(\d+|-)\t(\d+|-)\t(.+)$", output, re.MULTILINE):
+        lines = 0 if "-" in (plus, minus) else int(plus) + int(minus)
+        (added if file in created else changed)[file] = lines
+    return changed, added
+
+
+def listed_in(series: Path) -> list[str]:
+    """Return the patches that a series lists, as paths relative to patches/."""
+    lines = [line.strip() for line in series.read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def releases_that_list() -> dict[str, list[str]]:
+    """Return each patch that a series lists, with the releases whose series do."""
+    releases: dict[str, list[str]] = {}
+    for series in sorted(PATCHES.glob("*/series")):
+        for name in listed_in(series):
+            releases.setdefault(name, []).append(series.parent.name)
+    return releases
 
 
 def read_series(release: Release) -> list[Patch]:
     """Return the patches of a release in order.
 
     Raises:
-        ToolError: If the series and the folder do not list the same patches.
+        ToolError: If the series and the folders do not list the same patches.
     """
     series = release.patches / "series"
     if not series.exists():
         raise ToolError(f"there is no {series.relative_to(ROOT)}")
-    lines = [line.strip() for line in series.read_text().splitlines()]
-    names = [line for line in lines if line and not line.startswith("#")]
-    on_disk = {path.name for path in release.patches.glob("*.patch")}
+    names = listed_in(series)
     for name in names:
-        if name not in on_disk:
-            raise ToolError(f"{name} is listed in {series.relative_to(ROOT)} but is not on disk")
+        where = f"listed in {series.relative_to(ROOT)}"
+        if name.partition("/")[0] not in (COMMON, release.name) or name.count("/") != 1:
+            raise ToolError(f"{name}, {where}, is neither in {COMMON}/ nor in {release.name}/")
+        if not (PATCHES / name).exists():
+            raise ToolError(f"{name} is {where} but is not on disk")
         if names.count(name) > 1:
             raise ToolError(f"{name} is listed twice in {series.relative_to(ROOT)}")
-    for name in sorted(on_disk.difference(names)):
-        raise ToolError(f"{name} is on disk but is not listed in {series.relative_to(ROOT)}")
-    return [read_patch(release.patches / name) for name in names]
+    for path in sorted(release.patches.iterdir()):
+        if path != series and name_of(path) not in names:
+            raise ToolError(
+                f"{name_of(path)} is on disk but is not listed in {series.relative_to(ROOT)}"
+            )
+    known = releases_that_list()
+    for path in sorted((PATCHES / COMMON).glob("*")):
+        if name_of(path) not in known:
+            raise ToolError(f"{name_of(path)} is on disk but is not listed in any series")
+    return [read_patch(PATCHES / name) for name in names]
 
 
 def apply_patch(patch: Patch, tree: Path) -> None:
@@ -136,18 +212,18 @@ def apply_patch(patch: Patch, tree: Path) -> None:
     failed = re.search(r"^error: patch failed: (.+):(\d+)$", output, re.MULTILINE)
     if failed:
         raise ToolError(
-            f"{patch.path.name} does not apply to {failed[1]}: "
+            f"{patch.name} does not apply to {failed[1]}: "
             f"hunk {hunk_at(patch, failed[1], failed[2])}"
         )
     if result.returncode != 0:
         reason = re.search(r"^error: (.+)$", output, re.MULTILINE)
-        raise ToolError(f"{patch.path.name} does not apply: {reason[1] if reason else output}")
+        raise ToolError(f"{patch.name} does not apply: {reason[1] if reason else output}")
     moved = re.search(r"^Hunk #(\d+) succeeded at (\d+) \(offset .+\)", output, re.MULTILINE)
     if moved:
         before = output[: moved.start()]
         checked = re.findall(r"^Checking patch (.+?)(?: => .+)?\.\.\.$", before, re.MULTILINE)
         raise ToolError(
-            f"{patch.path.name} applies to {checked[-1] if checked else 'a file'} only with an "
+            f"{patch.name} applies to {checked[-1] if checked else 'a file'} only with an "
             f"offset: hunk #{moved[1]}, found at line {moved[2]}"
         )
 
@@ -202,13 +278,63 @@ def make_tree(release: Release, tree: Path) -> None:
         run([*command, str(patch.path.resolve())], cwd=tree, env=env)
 
 
-def export(tree: Path, target: Path) -> None:
-    """Export the commits since `upstream` to patches and a series."""
-    target.mkdir(parents=True, exist_ok=True)
+def export(release: Release, tree: Path, target: Path) -> list[str]:
+    """Export the commits since `upstream` to patches and a series.
+
+    What a commit adds goes to common/ and what it changes to the folder of the release; a
+    commit that does both becomes two patches, the added files first.
+
+    Args:
+        target: A folder like patches/.
+
+    Returns:
+        The names of the patches in order.
+
+    Raises:
+        ToolError: If a commit changes what an earlier one has added, or two would be the
+            same file.
+    """
     env = committer_environment(tree)
-    run([*FORMAT_PATCH, f"--output-directory={target.resolve()}", "upstream..HEAD"], tree, env)
-    names = sorted(path.name for path in target.glob("*.patch"))
-    (target / "series").write_text("".join(f"{name}\n" for name in names))
+
+    def git(*args: str) -> str:
+        return run(["git", *args], tree, env)
+
+    for folder in (COMMON, release.name):
+        (target / folder).mkdir(parents=True)
+    names: list[str] = []
+    adders: dict[str, str] = {}
+    for commit in git("rev-list", "--reverse", "upstream..HEAD").split():
+        subject = git("log", "-1", "--format=%s", commit).strip()
+        added, changed = files_of(tree, commit)
+        for file in changed:
+            if file in adders:
+                raise ToolError(
+                    f'"{subject}" changes {file}, which "{adders[file]}" adds: a file of ours is '
+                    "added whole, by one commit"
+                )
+        if not added and not changed:
+            raise ToolError(f'"{subject}" changes no file, or is a merge')
+        adders |= dict.fromkeys(added, subject)
+        for folder, files in ((COMMON, added), (release.name, changed)):
+            if not files:
+                continue
+            name = f"{folder}/{slug_of(subject)}.patch"
+            if name in names:
+                raise ToolError(f'two commits would be {name}: give one of "{subject}" another')
+            command = [*FORMAT_PATCH, "--stdout", "-1", commit, "--", *files]
+            (target / name).write_text(run(command, tree, env))
+            names.append(name)
+    (target / release.name / "series").write_text("".join(f"{name}\n" for name in names))
+    return names
+
+
+def files_of(tree: Path, commit: str) -> tuple[list[str], list[str]]:
+    """Return the files that a commit adds, and those that it changes or removes."""
+    command = ["git", "diff-tree", "-r", "-z", "--no-renames", "--no-commit-id", "--name-status"]
+    output = run([*command, commit], tree, committer_environment(tree)).split("\0")
+    statuses = list(zip(output[::2], output[1::2]))
+    added = [file for status, file in statuses if status == "A"]
+    return added, [file for status, file in statuses if status != "A"]
 
 
 def check(release: Release) -> None:
@@ -223,12 +349,13 @@ def check(release: Release) -> None:
 
         make_tree(release, scratch / "am")
         check_same_tree(scratch / "applied", scratch / "am", "git am")
-        export(scratch / "am", scratch / "exported")
-        for path in [release.patches / "series", *(patch.path for patch in patches)]:
-            exported = scratch / "exported" / path.name
-            if not exported.exists() or exported.read_bytes() != path.read_bytes():
+        exported = scratch / "exported"
+        export(release, scratch / "am", exported)
+        for name in [f"{release.name}/series", *(patch.name for patch in patches)]:
+            path = exported / name
+            if not path.exists() or path.read_bytes() != (PATCHES / name).read_bytes():
                 raise ToolError(
-                    f"{path.name} is not what an export gives: run `make patch-tree` and "
+                    f"{name} is not what an export gives: run `make patch-tree` and "
                     "`make patch-refresh`"
                 )
     print(
@@ -239,7 +366,8 @@ def check(release: Release) -> None:
 
 def check_quilt(release: Release, tree: Path) -> None:
     require("quilt")
-    env = {**os.environ, "QUILT_PATCHES": str(release.patches.resolve()), "LC_ALL": "C"}
+    env = {**os.environ, "QUILT_PATCHES": str(PATCHES), "LC_ALL": "C"}
+    env["QUILT_SERIES"] = f"{release.name}/series"
     output = run(["quilt", "--quiltrc=-", "push", "-a", "--fuzz=0"], cwd=tree, env=env)
     if "offset" in output:
         raise ToolError(f"quilt applies the series of {release.name} only with an offset")
@@ -305,13 +433,35 @@ def command_refresh(release: Release) -> None:
     tree = existing_tree(release)
     if run(["git", "status", "--porcelain"], cwd=tree, env=committer_environment(tree)):
         raise ToolError(f"{tree.relative_to(ROOT)} has changes that are not committed")
-    with tempfile.TemporaryDirectory(dir=release.patches.parent) as folder:
-        exported = Path(folder) / release.name
-        export(tree, exported)
-        count = len([read_patch(path) for path in exported.glob("*.patch")])
-        shutil.rmtree(release.patches)
-        exported.rename(release.patches)
-    print(f"{release.patches.relative_to(ROOT)}: {count} patches")
+    with tempfile.TemporaryDirectory() as folder:
+        exported = Path(folder)
+        names = export(release, tree, exported)
+        for name in names:
+            read_patch(exported / name)
+        update_common(release, exported / COMMON)
+        shutil.rmtree(release.patches, ignore_errors=True)
+        shutil.copytree(exported / release.name, release.patches)
+    known = releases_that_list()
+    for path in sorted((PATCHES / COMMON).glob("*.patch")):
+        if name_of(path) not in known:
+            path.unlink()
+            print(f"{name_of(path)}: removed, as no series lists it any more")
+    shared = sum(name.startswith(f"{COMMON}/") for name in names)
+    print(f"{release.patches.relative_to(ROOT)}: {len(names)} patches, {shared} in {COMMON}/")
+
+
+def update_common(release: Release, exported: Path) -> None:
+    """Put what was exported to common/ there, and say which other releases share a change."""
+    common = PATCHES / COMMON
+    common.mkdir(parents=True, exist_ok=True)
+    known = releases_that_list()
+    for path in sorted(exported.iterdir()):
+        old = common / path.name
+        if old.exists() and old.read_bytes() != path.read_bytes():
+            others = [name for name in known.get(name_of(path), []) if name != release.name]
+            shared = f", for {', '.join(others)} too" if others else ""
+            print(f"{name_of(path)}: changed{shared}")
+        shutil.copyfile(path, old)
 
 
 COMMANDS = {

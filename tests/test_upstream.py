@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pull_requests
 import pytest
 from releases import extract_source, load_release, run
-from series import committer_environment, make_repository, make_tree, read_patch, read_series
+from series import committer_environment, make_repository, make_tree, read_series
 
 from tests.engine.release import UPSTREAM
 
@@ -26,16 +28,11 @@ def git(tree: Path, *arguments: str) -> str:
     return run(["git", *arguments], tree, committer_environment(tree))
 
 
-def run_unit_tests(name: str, tree: Path) -> subprocess.CompletedProcess[str]:
-    files = pull_requests.PULL_REQUESTS / name / "files"
-    [test] = files.glob("test/registered/**/test_*.py")
+def run_unit_tests(test: Path, tree: Path) -> subprocess.CompletedProcess[str]:
+    """Run a file of tests, whose path is relative to the tree."""
     env = {**os.environ, "PYTHONPATH": str(tree / "python"), "SGLANG_USE_CPU_ENGINE": "1"}
     return subprocess.run(
-        [sys.executable, str(tree / test.relative_to(files))],
-        env=env,
-        cwd=tree,
-        capture_output=True,
-        text=True,
+        [sys.executable, str(tree / test)], env=env, cwd=tree, capture_output=True, text=True
     )
 
 
@@ -68,30 +65,41 @@ def test_applies_and_its_tests_notice(
 ) -> None:
     before = tmp_path / "before"
     git(tree, "worktree", "add", "--quiet", "--detach", str(before))
-    shutil.copytree(pull_requests.PULL_REQUESTS / name / "files", before, dirs_exist_ok=True)
+    files = pull_requests.PULL_REQUESTS / name / "files"
+    shutil.copytree(files, before, dirs_exist_ok=True)
     git(tree, "am", "--quiet", str(written / f"{name}.mbox"))
-    with ThreadPoolExecutor(2) as pool:
-        without, result = pool.map(lambda path: run_unit_tests(name, path), (before, tree))
-    assert "Ran " in without.stderr and without.returncode != 0, without.stdout + without.stderr
-    assert result.returncode == 0, result.stdout + result.stderr
+    tests = [path.relative_to(files) for path in files.glob("test/registered/**/test_*.py")]
+    assert tests
+    for test in tests:
+        with ThreadPoolExecutor(2) as pool:
+            without, result = pool.map(partial(run_unit_tests, test), (before, tree))
+        assert "Ran " in without.stderr and without.returncode, without.stdout + without.stderr
+        assert result.returncode == 0, result.stdout + result.stderr
     git(tree, "clean", "--quiet", "--force", "-d", "-x")
 
     messages = git(tree, "log", "--format=%B", "upstream..HEAD")
-    assert "Signed-off-by:" in messages and "Forwarded:" not in messages
+    assert "Signed-off-by:" in messages
+    assert not re.search(r"^(?:Forwarded|Prepared|Last-Update):", messages, re.MULTILINE)
     assert (written / f"{name}.md").read_text().startswith("# [")
 
 
 def test_the_stack_ends_where_the_series_does(tree: Path, tmp_path: Path) -> None:
     """What is proposed is what is proved, with the fix that the wheel does not need on top."""
     release = load_release(pull_requests.BASE)
+    series = read_series(release)
+    proposed = [
+        (path, f"upstream/{folder.name}")
+        for folder in pull_requests.folders()[1:]
+        for path in pull_requests.patches_of(folder)
+    ]
+    assert proposed == [(patch.path, patch.prepared) for patch in series if patch.prepared]
+    # They come first, so what others change on top of them does not matter.
+    assert proposed == [(patch.path, patch.prepared) for patch in series[: len(proposed)]]
     make_tree(release, tmp_path / "series")
+    git(tmp_path / "series", "checkout", "--quiet", f"HEAD~{len(series) - len(proposed)}")
     [fix] = (pull_requests.PULL_REQUESTS / "1-logprobs").glob("*.patch")
     git(tree, "apply", "--reverse", str(fix))
-    stack = pull_requests.folders()[1:]
-    proposed = [path for folder in stack for path in pull_requests.patches_of(folder, release)]
-    files = {file for path in proposed for file in read_patch(path).files}
-    assert len(files) >= 10
+    files = {file for patch in series if patch.prepared for file in patch.files}
+    assert len(files) >= 9
     for file in files:
         assert (tree / file).read_bytes() == (tmp_path / "series" / file).read_bytes(), file
-    own = [patch.path for patch in read_series(release) if patch.path not in proposed]
-    assert len(own) == 1 and "list the applied patches" in own[0].read_text()

@@ -3,8 +3,9 @@
 Each folder of upstream/ is a pull request on top of the ones before it:
 
     pull-request.md   its title and text, in upstream's form
-    series            its patches, which are beside it or in the series of the release
+    series            its patches, which are beside it or in patches/
     files/            tests in upstream's layout, which no wheel has
+    tests.diff        what it changes in the tests of an earlier one
     docs.diff         what it changes in upstream's documentation, which no wheel has
 
 Tests and documentation make the last commit of the mbox.
@@ -19,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from releases import ROOT, Release, ToolError, extract_source, load_release, run, say
+from releases import PATCHES, ROOT, Release, ToolError, extract_source, load_release, run, say
 from series import FORMAT_PATCH, committer_environment, make_repository
 
 # The newest release, the base of pull requests.
@@ -33,7 +34,7 @@ HEADINGS = [
     "## Checklist",
 ]
 # What a series says of a patch, and upstream has no use for.
-OWN_TRAILERS = re.compile(r"^(?:Forwarded|Last-Update): .*\n", re.MULTILINE)
+OWN_TRAILERS = re.compile(r"^(?:Forwarded|Prepared|Last-Update): .*\n", re.MULTILINE)
 
 
 def folders() -> list[Path]:
@@ -57,7 +58,7 @@ def read_text(folder: Path) -> tuple[str, str]:
     return title[1], text
 
 
-def patches_of(folder: Path, release: Release) -> list[Path]:
+def patches_of(folder: Path) -> list[Path]:
     """Return the patches of a pull request in order.
 
     Raises:
@@ -65,7 +66,7 @@ def patches_of(folder: Path, release: Release) -> list[Path]:
     """
     found = []
     for name in (folder / "series").read_text().split():
-        candidates = [folder / name, release.patches / name]
+        candidates = [folder / name, PATCHES / name]
         path = next((path for path in candidates if path.exists()), None)
         if path is None:
             raise ToolError(f"{folder.name}/series lists {name}, which does not exist")
@@ -84,6 +85,8 @@ def commit_files(folder: Path, title: str, tree: Path) -> None:
     """Commit the tests of a pull request with author and date of its last patch."""
     shutil.copytree(folder / "files", tree, dirs_exist_ok=True)
     env = committer_environment(tree)
+    if (folder / "tests.diff").exists():
+        run(["git", "apply", str(folder / "tests.diff")], tree, env)
     author, date = run(["git", "log", "-1", "--format=%an <%ae>%n%aI"], tree, env).splitlines()
     env |= {"GIT_COMMITTER_DATE": date}
     subject = re.sub(r"^\[.+?\] ", "", title)
@@ -118,7 +121,7 @@ def write_pull_requests(release: Release, target: Path) -> None:
         for folder in folders():
             title, text = read_text(folder)
             start = run(["git", "rev-parse", "HEAD"], tree, env).strip()
-            for patch in patches_of(folder, release):
+            for patch in patches_of(folder):
                 commit_patch(patch, tree)
             commit_files(folder, title, tree)
             write_mbox(folder, start, tree, target / f"{folder.name}.mbox")

@@ -73,11 +73,6 @@ class ScriptedTokenizerManager:
             )
             for _ in self.choices
         ]
-        recorder = getattr(obj, "token_id_recorder", None)
-        if recorder is not None:
-            for index, state in enumerate(states):
-                recorder.track(f"rid-{index}", PROMPT_IDS, state)
-
         outputs: List[Dict[str, Any]] = [{} for _ in self.choices]
         for turn in range(max(len(steps) for steps in self.choices)):
             for index, steps in enumerate(self.choices):

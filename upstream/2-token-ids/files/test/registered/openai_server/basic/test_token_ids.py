@@ -3,24 +3,31 @@
 python test/registered/openai_server/basic/test_token_ids.py
 """
 
+import asyncio
 import unittest
 from types import SimpleNamespace
-
-from pydantic import ValidationError
+from unittest.mock import AsyncMock, MagicMock, patch
 
 from sglang.srt.entrypoints.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
 )
-from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
+from sglang.srt.managers import tokenizer_manager
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.scripted_serving import PROMPT_IDS, ScriptedServingTestCase, Step
+from sglang.test.scripted_serving import (
+    PROMPT_IDS,
+    ScriptedServingTestCase,
+    Step,
+    choices_of,
+)
+from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=10, suite="base-a-test-cpu")
 
 STEPS = [Step([10], "a"), Step([11, 12], ""), Step([13], "猫"), Step([2], "")]
 IDS = [10, 11, 12, 13, 2]
+ENDPOINTS = (ChatCompletionRequest, CompletionRequest)
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
@@ -39,7 +46,7 @@ class TestTokenIds(ScriptedServingTestCase):
 
     def test_several_choices(self):
         other = [Step([20], "b"), Step([2], "")]
-        for request_class in (ChatCompletionRequest, CompletionRequest):
+        for request_class in ENDPOINTS:
             with self.subTest(request_class=request_class):
                 (response,) = self.ask(
                     request_class, [STEPS, other], return_token_ids=True
@@ -82,7 +89,7 @@ class TestTokenIds(ScriptedServingTestCase):
         self.assertEqual([-value for value in logprobs["token_logprobs"]], IDS)
 
     def test_not_asked(self):
-        for request_class in (ChatCompletionRequest, CompletionRequest):
+        for request_class in ENDPOINTS:
             for fields in ({}, {"return_token_ids": False}):
                 with self.subTest(request_class=request_class, fields=fields):
                     (response,) = self.ask(request_class, [STEPS], **fields)
@@ -95,41 +102,104 @@ class TestTokenIds(ScriptedServingTestCase):
         self.assertEqual(choice["prompt_token_ids"], PROMPT_IDS)
         self.assertEqual(choice["response_token_ids"], IDS)
 
-    def test_must_be_boolean(self):
-        for value in ("yes", 1, []):
-            with self.subTest(value=value), self.assertRaises(ValidationError):
-                CompletionRequest(model="m", prompt="a", return_token_ids=value)
-            with self.subTest(value=value), self.assertRaises(ValidationError):
-                ChatCompletionRequest(model="m", messages=[], return_token_ids=value)
+
+def spans(boundary):
+    return [
+        {"version": "1", "start": 0, "end": boundary},
+        {"version": "2", "start": boundary, "end": 3},
+    ]
 
 
-class TestRecordTokenIds(unittest.TestCase):
-    """The tokenizer manager hands over the prompt as it goes to the scheduler."""
+class TestWeightVersions(ScriptedServingTestCase):
+    """Which token ids of a choice came from which weights."""
 
-    def record(self, obj):
-        state = SimpleNamespace(obj=obj)
-        manager = SimpleNamespace(rid_to_state={"rid": state})
-        tokenized_obj = SimpleNamespace(rid="rid", input_ids=[7, 8])
-        TokenizerManager._record_token_ids(manager, tokenized_obj)
-        return state
+    def ask_about(self, request_class, *boundaries, **fields):
+        choices = [
+            [
+                Step([10], "a"),
+                Step([11], "b"),
+                Step([2], "", {"weight_versions": spans(boundary)}),
+            ]
+            for boundary in boundaries
+        ]
+        return self.ask(request_class, choices, **fields)
 
-    def test_recorder_is_handed_over(self):
+    def test_whole_responses_have_those_of_each_choice(self):
+        for request_class in ENDPOINTS:
+            with self.subTest(request_class=request_class):
+                (response,) = self.ask_about(request_class, 1, 2, return_token_ids=True)
+                found = [c["weight_versions"] for c in response["choices"]]
+                self.assertEqual(found, [spans(1), spans(2)])
+
+    def test_streams_have_them_once_and_at_the_end(self):
+        for request_class in ENDPOINTS:
+            with self.subTest(request_class=request_class):
+                chunks = self.ask_about(
+                    request_class, 1, 2, stream=True, return_token_ids=True
+                )
+                for index, boundary in enumerate((1, 2)):
+                    (choice,) = [
+                        choice
+                        for choice in choices_of(chunks, index)
+                        if "weight_versions" in choice
+                    ]
+                    self.assertEqual(choice["weight_versions"], spans(boundary))
+                    self.assertEqual(choice["finish_reason"], "stop")
+
+    def test_requests_that_do_not_ask_have_none(self):
+        for request_class in ENDPOINTS:
+            for stream in (False, True):
+                with self.subTest(request_class=request_class, stream=stream):
+                    chunks = self.ask_about(request_class, 1, stream=stream)
+                    for choice in choices_of(chunks):
+                        self.assertNotIn("weight_versions", choice)
+
+
+class TestTokenIdTracking(CustomTestCase):
+    """The tokenizer manager hands over the prompts as they go to the scheduler."""
+
+    def send(self, is_batch, is_tracked):
+        from sglang.srt.managers.token_id_tracking import generate_tracked
+
+        requests = [
+            MagicMock(rid=f"rid-{i}", input_ids=[7, 8 + i], mm_inputs=None)
+            for i in range(2)
+        ]
+        manager = MagicMock(rid_to_state={r.rid: object() for r in requests})
+        transport = manager.cuda_vmm_feature_transport
+        transport.prepare_for_dispatch_async = AsyncMock(return_value=[])
+        manager.encoder_dispatch_ready.pop.return_value = None
+
+        async def generate():
+            if is_batch:
+                await TokenizerManager._send_batch_request(manager, requests)
+            else:
+                for request in requests:
+                    await TokenizerManager._send_one_request(manager, request)
+            yield "first"
+            # Sent by whoever asks for the next output, who tracks nothing.
+            await TokenizerManager._send_one_request(manager, requests[0])
+            yield "second"
+
         tracked = []
-        obj = GenerateReqInput(text=["a", "b"], rid=["r0", "r1"], sampling_params={})
-        obj.normalize_batch_and_arguments()
-        recorder = SimpleNamespace(track=lambda *args: tracked.append(args))
-        obj.token_id_recorder = recorder
-        self.assertIs(obj[1].token_id_recorder, recorder)
-        state = self.record(obj[1])
-        self.assertEqual(tracked, [("rid", [7, 8], state)])
+        tracker = SimpleNamespace(track=lambda *args: tracked.append(args))
 
-    def test_without_recorder(self):
-        self.record(GenerateReqInput(text="a"))
-        self.record(EmbeddingReqInput(text="a"))
+        async def outputs():
+            outputs = generate()
+            if is_tracked:
+                outputs = generate_tracked(outputs, tracker)
+            return [output async for output in outputs]
 
-    def test_cannot_be_set_from_a_request_body(self):
-        with self.assertRaises(TypeError):
-            GenerateReqInput(text="a", token_id_recorder=object())
+        self.assertEqual(asyncio.run(outputs()), ["first", "second"])
+        expected = [(r.rid, r.input_ids, manager.rid_to_state[r.rid]) for r in requests]
+        self.assertEqual(tracked, expected if is_tracked else [])
+
+    def test_requests_are_handed_over(self):
+        with patch.object(tokenizer_manager, "wrap_shm_features", lambda obj: obj):
+            for is_batch in (False, True):
+                for is_tracked in (False, True):
+                    with self.subTest(is_batch=is_batch, is_tracked=is_tracked):
+                        self.send(is_batch, is_tracked)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -151,16 +152,21 @@ class Replay:
         self.ids = [100 + i % 190 for i in range(num_tokens)]
         self.text = "tool" * num_tokens
         self.num_tokens = num_tokens
+        # As the tokenizer manager does for each request that it sends. Stock has none.
+        self.track: Callable[..., bool] | None = None
+        with contextlib.suppress(ImportError):
+            from sglang.srt.managers.token_id_tracking import track_token_ids
+
+            self.track = track_token_ids
 
     async def __call__(self, obj: Any, raw_request: Any = None) -> AsyncIterator[dict[str, Any]]:
         num_tokens, ids, text = self.num_tokens, self.ids, self.text
-        recorder = getattr(obj, "token_id_recorder", None)
         logprobs: list[tuple[float, int, str]] = []
-        if recorder is not None:
+        if self.track is not None:
             state = SimpleNamespace(
                 output_ids=ids, output_token_logprobs=logprobs, output_top_logprobs=[]
             )
-            recorder.track("r", [1, 2, 3], state)
+            self.track(SimpleNamespace(rid="r", input_ids=[1, 2, 3]), state)
         for n in range(1, num_tokens + 1) if obj.stream else [num_tokens]:
             meta_info = {
                 "id": "r",

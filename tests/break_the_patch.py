@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "mutant"
 
 RECORDER = "srt/entrypoints/openai/token_ids.py"
+TRACKING = "srt/managers/token_id_tracking.py"
+AS_STOCK = "tests/test_served_as_stock.py"
 PROPERTIES = "tests/test_token_ids_property.py"
 END_TO_END = "tests/test_end_to_end.py"
 
@@ -77,25 +79,11 @@ MUTANTS: dict[str, Mutant] = {
     "chunk-invented": Mutant(
         "C4",
         RECORDER,
-        "yield self._annotate_chunk(chunk, key_start + len(_CHOICES_KEY))",
-        "yield self._annotate_chunk(chunk, key_start + len(_CHOICES_KEY))\n"
-        "                if '\"content\":null' in chunk:\n"
-        "                    yield chunk",
+        "chunk = self._annotate_chunk(chunk, key_start + len(_CHOICES_KEY))",
+        "chunk = self._annotate_chunk(chunk, key_start + len(_CHOICES_KEY))\n"
+        "                    if '\"content\":null' in chunk:\n"
+        "                        yield chunk",
         [PROPERTIES, "-k", "chat"],
-    ),
-    "handler-told-too-much-text": Mutant(
-        "C4",
-        RECORDER,
-        "choice.handled_text += delta",
-        "choice.handled_text = text",
-        [PROPERTIES],
-    ),
-    "sent-twice-past-the-handler": Mutant(
-        "C3",
-        RECORDER,
-        "choice.num_sent = end\n        logprobs",
-        "choice.num_sent = end - (end - start > 2)\n        logprobs",
-        [PROPERTIES],
     ),
     "sent-again-after-retraction": Mutant(
         "C7",
@@ -103,57 +91,6 @@ MUTANTS: dict[str, Mutant] = {
         "        self.retraction_count += 1\n",
         "        self.retraction_count += 1\n        self.send_token_offset = 0\n",
         [END_TO_END, "-k", "test_retraction"],
-    ),
-    "parsed-twice": Mutant(
-        "C4",
-        RECORDER,
-        "parse_stream_chunk(text) if result is None else result",
-        "parse_stream_chunk(text)",
-        [PROPERTIES, "-k", "chat"],
-    ),
-    "parsed-by-the-last-result": Mutant(
-        "C4",
-        RECORDER,
-        "self._result = self._parser.parse_stream_chunk(text)\n        return self._result",
-        "self._result = self._result or self._parser.parse_stream_chunk(text)\n"
-        "        return self._result",
-        [PROPERTIES, "-k", "chat"],
-    ),
-    "half-of-the-text": Mutant(
-        "C4",
-        RECORDER,
-        "if calls or (reasoning and content):",
-        "if calls:",
-        [PROPERTIES, "-k", "chat"],
-    ),
-    "call-not-sent": Mutant(
-        "C4",
-        RECORDER,
-        "if calls or (reasoning and content):",
-        "if reasoning and content:",
-        [PROPERTIES, "-k", "chat"],
-    ),
-    "required-call-parsed-ahead": Mutant(
-        "C4",
-        RECORDER,
-        "if isinstance(self._tool_call_parsers.get(index), JsonArrayParser):",
-        "if False:",
-        [PROPERTIES, "-k", "chat"],
-    ),
-    "usage-frozen": Mutant(
-        "C4",
-        RECORDER,
-        "or _update_usage(template, meta_info)",
-        "or True",
-        [PROPERTIES, "-k", "chat"],
-    ),
-    # Survives on v0.5.9, which has no details in the usage of a chunk.
-    "usage-without-details": Mutant(
-        "C4",
-        RECORDER,
-        "if _get_detailed_counts(meta_info) != template.detailed_counts:",
-        "if False:",
-        [PROPERTIES, "-k", "chat"],
     ),
     # Survive on releases before v0.5.23, which have neither.
     "bytes-of-the-text": Mutant(
@@ -200,16 +137,16 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "incremental-ids-lost": Mutant(
         "C7",
-        "srt/managers/tokenizer_manager.py",
+        TRACKING,
         "tokenized_obj.input_ids, state)",
-        "tokenized_obj.input_ids, dataclasses.replace(state, output_ids=[]))",
+        "tokenized_obj.input_ids, __import__('dataclasses').replace(state, output_ids=[]))",
         [PROPERTIES, "-k", "incremental"],
     ),
     "lists-of-prompts-forgotten": Mutant(
         "C7",
-        "srt/managers/io_struct.py",
-        "item.token_id_recorder = self.token_id_recorder",
-        "pass",
+        "srt/managers/tokenizer_manager.py",
+        "            if track_token_ids(tokenized_obj, state):",
+        "            if False:",
         [END_TO_END, "-k", "test_lists_of_prompts and default"],
     ),
     "queued-abort-unanswered": Mutant(
@@ -230,16 +167,58 @@ MUTANTS: dict[str, Mutant] = {
     "false-ignored": Mutant(
         "C9",
         RECORDER,
-        "if asked is None:",
-        "if not asked:",
+        "(default if asked is None else asked)",
+        "(default or asked)",
         [END_TO_END, "-k", "test_server_default and default_on-"],
     ),
     "flag-ignored": Mutant(
         "C9",
         RECORDER,
-        "asked = default",
-        "asked = False",
+        "(default if asked is None else asked)",
+        "asked",
         [END_TO_END, "-k", "test_server_default and default_on-"],
+    ),
+    "default-refuses-echo": Mutant(
+        "C9",
+        RECORDER,
+        "if asked and not is_native:",
+        "if not is_native:",
+        [END_TO_END, "-k", "test_the_default_leaves_echo"],
+    ),
+    "default-refuses-a-longer-prompt": Mutant(
+        "C9",
+        RECORDER,
+        "            if self._is_asked:",
+        "            if True:",
+        [AS_STOCK, "-k", "lengthened"],
+    ),
+    "log-probabilities-not-given-back": Mutant(
+        "C9",
+        RECORDER,
+        "self._request.logprobs = self._logprobs",
+        "pass",
+        [AS_STOCK, "-k", "lengthened"],
+    ),
+    "two-errors": Mutant(
+        "C10",
+        RECORDER,
+        " and not is_failed",
+        "",
+        [AS_STOCK, "-k", "mid_stream"],
+    ),
+    "dumped-with-the-request": Mutant(
+        "C12",
+        TRACKING,
+        "        tracker.track(",
+        "        state.obj.tracker = tracker\n        tracker.track(",
+        ["tests/test_operation.py"],
+    ),
+    "tracker-kept-by-tasks": Mutant(
+        "C12",
+        TRACKING,
+        "        trackers.clear()\n",
+        "",
+        [AS_STOCK, "-k", "garbage"],
     ),
     "lax-boolean": Mutant(
         "C10",

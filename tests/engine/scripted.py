@@ -43,6 +43,8 @@ class Plan:
     schedule: list[tuple[int, int]]
     # Between how many ids reasoning tokens are counted, as later releases do.
     reasoning: tuple[int, int]
+    # A scheduler may lengthen a prompt, by the placeholders of an image for example.
+    num_prompt_ids: int = len(PROMPT_IDS)
 
     def ids(self, index: int) -> list[int]:
         return [i for step in self.choices[index] for i in step.ids]
@@ -110,7 +112,7 @@ class ScriptedEngine:
             finished_reasons=[finish],
             output_strs=[step.text],
             output_ids=[step.ids],
-            prompt_tokens=[len(PROMPT_IDS)],
+            prompt_tokens=[self.plan.num_prompt_ids],
             completion_tokens=[num_ids],
             # More of the prompt may be cached after a retraction.
             cached_tokens=[num_reasoning // 4],

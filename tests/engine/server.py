@@ -53,6 +53,10 @@ THINK_IS_A_TOKEN = NUMBER >= (0, 5, 12)
 # Whether log-probabilities have the bytes of a token that is a part of a character.
 KNOWS_TOKEN_BYTES = NUMBER >= (0, 5, 23)
 
+# Whether `return_token_ids` is a field of stock, whose reading of it stays.
+IS_NATIVE = NUMBER >= (0, 5, 23)
+CRASH_DUMPS = ROOT / "build" / "crash-dumps" / UPSTREAM
+
 SMALLEST_LAYERS = {
     "num_hidden_layers": 1,
     "hidden_size": 32,
@@ -100,6 +104,11 @@ MODES: dict[str, Mode] = {
     "auto_truncate_default_on_env": Mode(
         ("--allow-auto-truncate", "--context-length=256"),
         env=(("SGLANG_RETURN_TOKEN_IDS", "1"),),
+    ),
+    # It is brought to an end.
+    "dumps": Mode(
+        (f"--crash-dump-folder={CRASH_DUMPS}",),
+        env=(("SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS", "0"),),
     ),
     "one_at_a_time": Mode(("--max-running-requests=1",)),
     # Attention over long contexts would take the CPU hours with the model of the tests.

@@ -41,9 +41,14 @@ class Mutant:
     tests: list[str]
 
 
+PROMPT_IDS = "srt/entrypoints/openai/prompt_ids.py"
+TEST_PROMPT_IDS = "tests/test_prompt_ids.py"
 TOKENS = "srt/entrypoints/openai/serving_tokens.py"
 TOKENS_IN_OUT = "tests/test_tokens_in_out.py"
 ALL_OR_NOTHING = "srt/weight_sync/all_or_nothing.py"
+TEST_ALL_OR_NOTHING = "tests/test_all_or_nothing.py"
+WEIGHT_VERSIONS = "srt/managers/weight_versions.py"
+TEST_WEIGHT_VERSIONS = "tests/test_weight_versions.py"
 ROUTES = "srt/entrypoints/trainer_routes.py"
 TRAINER_ROUTES = "tests/test_trainer_routes.py"
 
@@ -124,8 +129,8 @@ MUTANTS: dict[str, Mutant] = {
     "prompt-before-truncation": Mutant(
         "C6",
         RECORDER,
-        "choice.prompt_ids = list(choice.prompt_ids[:num_prompt_ids])",
-        "pass",
+        "prompt_ids[:num_prompt_ids])",
+        "prompt_ids)",
         [END_TO_END, "-k", "truncated_prompt"],
     ),
     "prompt-on-every-choice": Mutant(
@@ -234,6 +239,55 @@ MUTANTS: dict[str, Mutant] = {
         "result.prompt_ids = request.input_ids[1:]",
         ["tests/test_prompt_ids.py"],
     ),
+    "lax-ids": Mutant(
+        "C10",
+        PROMPT_IDS,
+        "List[StrictInt]",
+        "List[int]",
+        [TEST_PROMPT_IDS, "-k", "bad_prompts_are_named"],
+    ),
+    "all-bad-ids-named": Mutant(
+        "C10",
+        PROMPT_IDS,
+        "fail_fast=True",
+        "fail_fast=False",
+        [TOKENS_IN_OUT, "-k", "first_of_many"],
+    ),
+    "logprobs-without-bounds": Mutant(
+        "C10",
+        PROMPT_IDS,
+        "0 <= num_logprobs <= vocab_size",
+        "True",
+        [TEST_PROMPT_IDS, "-k", "bounds_of_counts"],
+    ),
+    "choices-without-bounds": Mutant(
+        "C10",
+        PROMPT_IDS,
+        "1 <= n <= max_n",
+        "1 <= n",
+        [TEST_PROMPT_IDS, "-k", "bounds_of_counts"],
+    ),
+    "chat-counts-not-checked": Mutant(
+        "C10",
+        "srt/entrypoints/openai/serving_chat.py",
+        "return check_counts(\n            request.n, request.top_logprobs,",
+        "return check_counts(\n            None, None,",
+        [TEST_PROMPT_IDS, "-k", "survive and choices and below"],
+    ),
+    "ids-with-media": Mutant(
+        "C1",
+        "srt/entrypoints/openai/serving_chat.py",
+        'if part.type != "text":',
+        "if False:",
+        [TEST_PROMPT_IDS, "-k", "media"],
+    ),
+    "generate-before-truncation": Mutant(
+        "C6",
+        TOKENS,
+        "choice.prompt_ids = get_prefilled_ids(choice.prompt_ids, meta_info) or ()",
+        "pass",
+        [TOKENS_IN_OUT, "-k", "prefilled"],
+    ),
     "generate-sends-twice": Mutant(
         "C3",
         TOKENS,
@@ -250,37 +304,163 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "version-one-token-early": Mutant(
         "C1",
-        "srt/managers/weight_versions.py",
-        "len(req.output_ids) for req",
-        "max(len(req.output_ids) - 1, 0) for req",
-        ["tests/test_weight_versions.py", "-k", "middle"],
+        WEIGHT_VERSIONS,
+        "len(req.output_ids_through_stop) for req",
+        "max(len(req.output_ids_through_stop) - 1, 0) for req",
+        [TEST_WEIGHT_VERSIONS, "-k", "middle"],
     ),
     "version-of-the-next-weights": Mutant(
         "C1",
-        "srt/managers/weight_versions.py",
+        WEIGHT_VERSIONS,
         "if last[0] is None and num_tokens > last[1]:",
         "if False:",
-        ["tests/test_weight_versions.py", "-k", "several"],
+        [TEST_WEIGHT_VERSIONS, "-k", "several"],
     ),
     "versions-twice": Mutant(
         "C3",
         RECORDER,
         "choice.weight_versions is not None and _NO_FINISH_REASON not in tail",
         "choice.weight_versions is not None",
-        ["tests/test_weight_versions.py", "-k", "several"],
+        [TEST_WEIGHT_VERSIONS, "-k", "several"],
+    ),
+    "version-of-a-chunked-prefill": Mutant(
+        "C1",
+        WEIGHT_VERSIONS,
+        "if scheduler.chunked_req is not None:",
+        "if False:",
+        [TEST_WEIGHT_VERSIONS, "-k", "chunk"],
+    ),
+    "version-of-a-waiting-grammar": Mutant(
+        "C1",
+        WEIGHT_VERSIONS,
+        "yield from scheduler.grammar_manager.grammar_queue",
+        "yield from ()",
+        [TEST_WEIGHT_VERSIONS, "-k", "anywhere and grammar"],
+    ),
+    "version-of-another-microbatch": Mutant(
+        "C1",
+        WEIGHT_VERSIONS,
+        "[*scheduler.running_mbs, *scheduler.mbs, *scheduler.last_mbs]",
+        "[]",
+        [TEST_WEIGHT_VERSIONS, "-k", "anywhere and mbs"],
+    ),
+    "version-beyond-the-stop": Mutant(
+        "C2",
+        WEIGHT_VERSIONS,
+        "end = min(end, num_tokens)\n",
+        "pass\n",
+        [TEST_WEIGHT_VERSIONS, "-k", "stop_inside"],
+    ),
+    "version-of-a-last-output": Mutant(
+        "C1",
+        WEIGHT_VERSIONS,
+        "state.weight_versions.settle(server_args.weight_version)",
+        "pass",
+        [TEST_WEIGHT_VERSIONS, "-k", "overtaken"],
+    ),
+    "pause-undone-by-an-update": Mutant(
+        "C12",
+        ROUTES,
+        "self.resumes_after_update = False\n        mode",
+        "mode",
+        [TRAINER_ROUTES, "-k", "pause_during_an_update and keep-False"],
+    ),
+    "resumed-in-an-update": Mutant(
+        "C12",
+        ROUTES,
+        "if not self.is_updating:\n            await self",
+        "if True:\n            await self",
+        [TRAINER_ROUTES, "-k", "resume_during"],
+    ),
+    "aborted-requests-stay-paused": Mutant(
+        "C12",
+        ROUTES,
+        "self.manager.send_to_scheduler.send_pyobj(ContinueGenerationReqInput())",
+        "pass",
+        [TRAINER_ROUTES, "-k", "pause_during_an_update and wait"],
+    ),
+    "forms-are-taken": Mutant(
+        "C10",
+        ROUTES,
+        'if has_body and media_type.strip() != "application/json":',
+        "if False:",
+        [TRAINER_ROUTES, "-k", "web_page"],
+    ),
+    "web-pages-send-json": Mutant(
+        "C10",
+        ROUTES,
+        'if "origin" in headers or "sec-fetch-site" in headers:',
+        "if False:",
+        [TRAINER_ROUTES, "-k", "web_page"],
+    ),
+    "folders-told": Mutant(
+        "C10",
+        ROUTES,
+        "await _check_folder(body.weight_dir)",
+        "pass",
+        [TRAINER_ROUTES, "-k", "errors_do_not"],
     ),
     "half-an-update-kept": Mutant(
         "C1",
         ALL_OR_NOTHING,
-        "tensor.data.copy_(old_tensor)",
+        "memory.copy_(copy)",
         "pass",
         [TRAINER_ROUTES, "-k", "not_loadable"],
+    ),
+    "replaced-parameters-kept": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "            attributes.clear()\n            attributes.update(old)",
+        "            pass",
+        [TEST_ALL_OR_NOTHING, "-k", "what_fp8_makes"],
+    ),
+    "other-data-kept": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "tensor.data = data",
+        "pass",
+        [TEST_ALL_OR_NOTHING, "-k", "other_data"],
+    ),
+    "converted-parameters-loaded": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        'not hasattr(parameter, "weight_loader")',
+        "False",
+        [TEST_ALL_OR_NOTHING, "-k", "take_no_new_weights"],
+    ),
+    "converted-scales-loaded": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "(is_ue8m0 and not was_ue8m0)",
+        "False",
+        [TEST_ALL_OR_NOTHING, "-k", "fp8_in_blocks"],
+    ),
+    "updates-in-parallel": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "if size > 1:",
+        "if False:",
+        [TEST_ALL_OR_NOTHING, "-k", "in_parallel_is_refused"],
+    ),
+    "nothing-to-compare-with": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "        _read_expected_shapes(runner)\n",
+        "        pass\n",
+        [TEST_ALL_OR_NOTHING, "-k", "a_server_that and dummy"],
+    ),
+    "a-trainer-joins-in-vain": Mutant(
+        "C1",
+        "srt/model_executor/model_runner.py",
+        "if group_name == GROUP_NAME:",
+        "if False:",
+        [TEST_ALL_OR_NOTHING, "-k", "a_server_that and dummy"],
     ),
     "weights-not-compared": Mutant(
         "C1",
         ALL_OR_NOTHING,
-        "error = _compare(runner, shapes)",
-        "pass",
+        "error = why_unsupported(runner) or _compare(runner, shapes)",
+        "error = None",
         [TRAINER_ROUTES, "-k", "test_bad_weights and missing"],
     ),
     "ranks-on-their-own": Mutant(
@@ -300,8 +480,9 @@ MUTANTS: dict[str, Mutant] = {
     "update-without-a-pause": Mutant(
         "C1",
         ROUTES,
-        "await self.manager.pause_generation(PauseGenerationReqInput(mode=mode))\n        try:",
-        "pass\n        try:",
+        "await self.manager.pause_generation(PauseGenerationReqInput(mode=mode))\n"
+        "            await _check",
+        "await _check",
         [TRAINER_ROUTES, "-k", "test_a_folder"],
     ),
     "admin-key-not-asked-for": Mutant(

@@ -7,6 +7,7 @@ picked tokens that the tokenizer would not.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,18 +96,90 @@ def test_tools_are_parsed(server: Server) -> None:
         ([5, 6, 1_000_000], ["1000000", "position 2", "300"]),
         ([5] * 5000, ["5000", "4096"]),
         ("text", []),
+        ([5, True], ["', 1", "valid integer"]),
+        ([5, 6, "7"], ["', 2", "valid integer"]),
+        ([3.0], ["', 0", "valid integer"]),
     ],
-    ids=["empty", "negative", "outside of the vocabulary", "too long", "text"],
+    ids=["empty", "negative", "outside of the vocabulary", "too long", "text", "bool", "string"]
+    + ["float"],
 )
 def test_bad_prompts_are_named(server: Server, path: str, prompt: Any, named: list[str]) -> None:
     response = requests.post(server.url + path, json=with_prompt(path, prompt), timeout=60)
     assert response.status_code == 400, response.text
-    if prompt == "text":
-        named = ["tokens" if path == TOKENS else "input_ids"]
+    if prompt == "text" or "valid integer" in named:
+        named = [*named, "tokens" if path == TOKENS else "input_ids"]
     for part in named:
         assert part in response.text
     assert "Traceback" not in server.log_text()[-2000:]
     assert requests.get(server.url + "/health", timeout=60).ok
+
+
+@default
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", [CHAT, TOKENS])
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"top_logprobs": 1_000_000}, ["top_logprobs is 1000000", "0 to 300"]),
+        ({"top_logprobs": -1}, ["top_logprobs is -1", "0 to 300"]),
+        ({"n": 1_000_000}, ["n is 1000000", "1 to 4096"]),
+        ({"n": 0}, ["n is 0", "1 to 4096"]),
+    ],
+    ids=["logprobs over", "logprobs below", "choices over", "choices below"],
+)
+def test_what_the_engine_does_not_survive_is_named(
+    server: Server, path: str, fields: dict[str, Any], named: list[str], streamed: bool
+) -> None:
+    body = with_prompt(path, [5, 6], logprobs=True, stream=streamed, **fields)
+    response = requests.post(server.url + path, json=body, timeout=60)
+    assert response.status_code == 400, response.text
+    assert all(part in response.text for part in named), response.text
+    assert post(server, path, with_prompt(path, [5, 6]))["choices"]
+
+
+@pytest.mark.parametrize(
+    ("n", "num_logprobs", "max_running_requests", "named"),
+    [
+        (1, 0, None, None),
+        (4096, 300, None, None),
+        (4097, None, None, "n is 4097, but has to be from 1 to 4096."),
+        # They wait for each other.
+        (4096, None, 1, None),
+        (5000, None, 5000, None),
+        (5001, None, 5000, "n is 5001, but has to be from 1 to 5000."),
+        (0, None, None, "n is 0, "),
+        (1, 301, None, "logprobs is 301, but has to be from 0 to 300, "),
+        (1, -1, None, "logprobs is -1, "),
+    ],
+)
+def test_bounds_of_counts(
+    n: int, num_logprobs: int | None, max_running_requests: int | None, named: str | None
+) -> None:
+    from sglang.srt.entrypoints.openai.prompt_ids import check_counts
+
+    manager: Any = SimpleNamespace(
+        server_args=SimpleNamespace(max_running_requests=max_running_requests),
+        model_config=SimpleNamespace(vocab_size=300),
+    )
+    error = check_counts(n, num_logprobs, "logprobs", manager)
+    assert (error is None) if named is None else (named in (error or ""))
+
+
+@default
+@pytest.mark.parametrize("path", [CHAT, TOKENS])
+@pytest.mark.parametrize("kind", ["image_url", "video_url", "audio_url"])
+def test_media_is_refused(server: Server, path: str, kind: str) -> None:
+    """A processor would decode the ids and tokenize the text again."""
+    media = {"type": kind, kind: {"url": "http://127.0.0.1:1/a"}}
+    parts = [{"type": "text", "text": "What is this?"}, media]
+    user, system = {"role": "user", "content": parts}, {"role": "system", "content": "Be brief."}
+    body = {**with_prompt(path, [5, 6]), "messages": [system, user]}
+    response = requests.post(server.url + path, json=body, timeout=60)
+    assert response.status_code == 400, response.text
+    assert kind in response.text and "only with text" in response.text
+    # Parts of text are fine.
+    body["messages"] = [system, {"role": "user", "content": parts[:1]}]
+    assert post(server, path, body)["prompt_token_ids"] == [5, 6]
 
 
 @default

@@ -14,7 +14,7 @@ from tests import test_end_to_end
 from tests.engine.release import UPSTREAM
 from tests.engine.server import Server
 from tests.engine.tiny_model import load_tokenizer, tiny_model_path
-from tests.test_end_to_end import COMPLETIONS, post
+from tests.test_end_to_end import CHAT, COMPLETIONS, post
 
 pytestmark = pytest.mark.skipif(
     UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
@@ -194,6 +194,17 @@ def test_without_max_tokens_the_context_is_the_limit(server: Server) -> None:
         ({"features": {"mm_hashes": {}}}, ["features"]),
         ({"output_mode": "text"}, ["output_mode"]),
         ({"stream": "yes"}, ["stream"]),
+        ({"token_ids": [5, True]}, ["token_ids', 1", "valid integer"]),
+        ({"token_ids": [5, 6, "7"]}, ["token_ids', 2", "valid integer"]),
+        ({"token_ids": [3.0]}, ["token_ids', 0", "valid integer"]),
+        (
+            {"sampling_params": {"stop_token_ids": [5, True]}},
+            ["stop_token_ids', 1", "valid integer"],
+        ),
+        ({"sampling_params": {"logprobs": 1_000_000}}, ["logprobs is 1000000", "0 to 300"]),
+        ({"sampling_params": {"logprobs": 301}}, ["logprobs is 301", "0 to 300"]),
+        ({"sampling_params": {"logprobs": -1}}, ["logprobs is -1", "0 to 300"]),
+        ({"sampling_params": {"n": 1_000_000}}, ["n is 1000000", "1 to 4096"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -206,6 +217,55 @@ def test_bad_input_is_named(
     for part in named:
         assert part in response.text
     assert post(server, GENERATE, generate())["choices"]
+
+
+@default
+def test_the_first_of_many_bad_ids_is_named(server: Server) -> None:
+    body = generate(["7"] * 100_000)  # type: ignore[list-item]
+    response = requests.post(server.url + GENERATE, json=body, timeout=60)
+    assert response.status_code == 400 and "token_ids', 0" in response.text
+    assert len(response.text) < 1000
+
+
+@default
+def test_as_many_logprobs_as_the_vocabulary_has(server: Server) -> None:
+    num_ids = len(load_tokenizer())
+    [choice] = post(server, GENERATE, generate(logprobs=num_ids, max_tokens=2))["choices"]
+    for entry in choice["logprobs"]["content"]:
+        ids = [candidate["token_id"] for candidate in entry["top_logprobs"]]
+        assert sorted(ids) == list(range(num_ids))
+
+
+@pytest.mark.parametrize("server", ["auto_truncate_default_on_env"], indirect=True)
+@pytest.mark.parametrize("path", [CHAT, GENERATE])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("length", [253, 300])
+def test_prompt_and_usage_are_those_prefilled(
+    server: Server, path: str, n: int, length: int
+) -> None:
+    """The engine cuts prompts to somewhat less than the length of the context, 256."""
+    prompt = [5 + i % 200 for i in range(length)]
+    params = {"max_new_tokens": 1, "ignore_eos": True}
+    plain = post(server, "/generate", {"input_ids": prompt, "sampling_params": params})
+    num_prefilled = plain["meta_info"]["prompt_tokens"]
+    assert num_prefilled < 253
+    if path == CHAT:
+        message = {"role": "user", "content": ""}
+        body: dict[str, Any] = {"messages": [message], "input_ids": prompt, "n": n}
+        body |= {"model": "m", "max_tokens": 1, "ignore_eos": True}
+    else:
+        body = generate(prompt, max_tokens=1, n=n)
+    body |= {"return_token_ids": True}
+    whole = post(server, path, body)
+    chunks = test_end_to_end.stream(
+        server, path, {**body, "stream_options": {"include_usage": True}}
+    )
+    for answer, usage in ((whole, whole["usage"]), (chunks[0], chunks[-1]["usage"])):
+        assert answer["prompt_token_ids"] == prompt[:num_prefilled]
+        assert usage["prompt_tokens"] == num_prefilled
+        assert usage["total_tokens"] == num_prefilled + usage["completion_tokens"]
+        # Nothing is left for the completion of the longer one.
+        assert usage["completion_tokens"] == (n if length == 253 else 0)
 
 
 @default

@@ -344,7 +344,7 @@ def wrong_shape(folder: Path) -> None:
         (no_shard, ["parameter", "is missing", "model-2.safetensors"]),
         (damaged_shard, ["model-2.safetensors", "damaged"]),
         (wrong_shape, [f"parameter {BAD_PARAMETER} has the shape [255, 128]", "[256, 128]"]),
-        (shutil.rmtree, ["there is no folder"]),
+        (shutil.rmtree, ["weight_dir"]),
     ],
 )
 def test_a_bad_folder_leaves_the_old_weights(
@@ -450,3 +450,136 @@ def test_they_obey_the_admin_key(server: Server) -> None:
     for path in ("/pause", "/reload_weights", "/resume"):
         assert requests.post(server.url + path, headers=headers, timeout=60).ok
     assert post(server, GENERATE, body_for(GENERATE, max_tokens=3))["choices"]
+
+
+@trainer_mode
+@pytest.mark.parametrize("keeps_cache", [False, True])
+@pytest.mark.parametrize("mode", ["keep", "abort", "wait"])
+def test_a_pause_during_an_update_holds(server: Server, mode: str, keeps_cache: bool) -> None:
+    num_tokens = 60
+    trainer = join([server])
+    pauses: list[requests.Response] = []
+    try:
+        running = Running(server, GENERATE, max_tokens=num_tokens)
+        running.wait_for(10)
+        fields = {"skip_prefix_cache_reset": keeps_cache, "weight_version": "1"}
+        updating = threading.Thread(target=update, args=([server],), kwargs=fields)
+        updating.start()
+        wait_until_paused(server)
+        body = {"mode": mode, "clear_cache": False}
+        pausing = threading.Thread(
+            target=lambda: pauses.append(control(server, "/pause", **body))
+        )
+        pausing.start()
+        if mode == "keep":
+            # The update still waits for its weights.
+            pausing.join(10)
+            assert pauses and updating.is_alive()
+        time.sleep(0.5)
+        trainer.send(1)
+        updating.join()
+        pausing.join(30)
+        assert pauses[0].ok and is_paused(server)
+        if mode == "keep":
+            seen = running.num_tokens
+            time.sleep(1)
+            assert running.num_tokens == seen < num_tokens and is_paused(server)
+            assert control(server, "/resume").ok
+        [(ids, _)] = running.finish().values()
+        assert (len(ids) == num_tokens) == (mode != "abort")
+    finally:
+        trainer.stop()
+        control(server, "/resume")
+
+
+@trainer_mode
+def test_a_resume_during_an_update_comes_after_it(
+    server: Server, by_seed: dict[int, list[int]]
+) -> None:
+    trainer = join([server])
+    try:
+        running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+        running.wait_for(10)
+        assert control(server, "/pause", mode="keep").ok
+        updating = threading.Thread(
+            target=update, args=([server],), kwargs={"weight_version": "1"}
+        )
+        updating.start()
+        time.sleep(1)
+        start = time.monotonic()
+        assert control(server, "/resume").ok and time.monotonic() - start < 10
+        assert updating.is_alive() and is_paused(server)
+        trainer.send(1)
+        updating.join()
+        assert not is_paused(server)
+        [(ids, spans)] = running.finish().values()
+        assert len(ids) == NUM_TOKENS and spans[-1]["version"] == "1"
+        assert fresh(server, PROMPT, SHORT) == by_seed[1]
+    finally:
+        trainer.stop()
+
+
+def wait_until_paused(server: Server) -> None:
+    deadline = time.monotonic() + 30
+    while not is_paused(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@trainer_mode
+@pytest.mark.parametrize(
+    ("headers", "data", "status"),
+    [
+        ({"Content-Type": "application/x-www-form-urlencoded"}, "mode=keep", 400),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, "", 400),
+        ({"Content-Type": "text/plain"}, "{}", 400),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, "", 400),
+        ({}, "{}", 400),
+        # The server answers the question of a browser whether it may send JSON by yes.
+        ({"Content-Type": "application/json", "Origin": "http://web.page"}, "{}", 403),
+        ({"Origin": "null"}, "", 403),
+        ({"Sec-Fetch-Site": "cross-site"}, "", 403),
+    ],
+)
+def test_a_web_page_cannot_post(
+    server: Server, headers: dict[str, str], data: str, status: int
+) -> None:
+    for path in ROUTES:
+        answer = requests.post(server.url + path, data=data, headers=headers, timeout=30)
+        assert answer.status_code == status, (path, answer.text)
+        named = "application/json" if status == 400 else "web page"
+        assert named in answer.text
+        assert not is_paused(server)
+
+
+@trainer_mode
+@pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=utf-8"])
+def test_json_may_be_posted(server: Server, content_type: str) -> None:
+    headers = {"Content-Type": content_type}
+    for path in ("/pause", "/resume"):
+        assert requests.post(server.url + path, data="{}", headers=headers, timeout=60).ok
+
+
+@trainer_mode
+def test_errors_do_not_tell_what_the_file_system_has(server: Server, folder: Path) -> None:
+    weights = folder / SHARD
+    empty = folder.parent / "empty"
+    empty.mkdir()
+    loop = folder.parent / "loop"
+    loop.symlink_to(loop)
+    dangling = folder.parent / "dangling"
+    dangling.mkdir()
+    (dangling / "model.safetensors").symlink_to("nowhere")
+    names = [folder.parent / "nowhere", weights, weights / "below", empty, loop, dangling]
+    others = ["/etc/passwd", "/root", "no-such/model", "a/b/c", "../..", "a\0b", "x" * 5000, ""]
+    answers = set()
+    for name in [*map(str, names), *others]:
+        answer = control(server, "/update_weights", weight_dir=name)
+        assert answer.status_code == 400
+        answers.add(answer.text)
+        assert not is_paused(server)
+    [text] = answers
+    assert "weight_dir" in text and str(folder.parent) not in text
+    # The operator is told.
+    assert f"weight_dir='{loop}': " in server.log_text()
+    assert "there is no safetensors file in it" in server.log_text()

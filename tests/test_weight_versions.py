@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import requests
 
+from tests.conftest import ServerPool
 from tests.engine.release import UPSTREAM
 from tests.engine.server import Server
 from tests.engine.tiny_model import tiny_model_path
@@ -251,3 +254,144 @@ def test_an_update_that_fails_changes_nothing(server: Server, expected: list[int
     [(ids, spans)] = running.finish().values()
     assert ids == expected
     assert spans == [{"version": "0", "start": 0, "end": NUM_TOKENS}]
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_an_update_between_two_chunks_of_a_prefill(
+    server: Server, servers: ServerPool, mode: str
+) -> None:
+    server = servers.get("weights_chunked")
+    assert control(server, "/flush_cache").ok
+    assert control(server, "/update_weight_version", new_version="0").ok
+    body = generate([70 + i % 50 for i in range(2000)], max_tokens=8)
+    answers: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: answers.append(post(server, GENERATE, body)))
+    num_before = server.log_text().count("Prefill batch")
+    with server.slowed_down():
+        thread.start()
+        deadline = time.monotonic() + 60
+        while server.log_text().count("Prefill batch") < num_before + 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert control(server, "/pause_generation", mode=mode).ok
+        num_chunks = server.log_text().count("Prefill batch")
+        fields = {"weight_version": "1", "flush_cache": mode == "retract"}
+        assert load_weights(server, 1, **fields).ok
+        assert control(server, "/continue_generation").ok
+    thread.join()
+    assert server.log_text().count("Prefill batch") > num_chunks, "it was in its middle"
+    [choice] = answers[0]["choices"]
+    assert choice["weight_versions"] == [{"version": "1", "start": 0, "end": 8}]
+
+
+class Engine:
+    """The real requests of a scheduler, and what a tokenizer manager knows of them."""
+
+    def __init__(self) -> None:
+        from sglang.srt.managers.schedule_batch import ScheduleBatch
+        from sglang.srt.managers.weight_versions import watch_weight_updates
+
+        def batches() -> list[Any]:
+            return [ScheduleBatch(reqs=[]), None]
+
+        self.scheduler: Any = SimpleNamespace(
+            pp_size=1,
+            running_batch=ScheduleBatch(reqs=[]),
+            last_batch=None,
+            cur_batch=None,
+            chunked_req=None,
+            waiting_queue=[],
+            grammar_manager=SimpleNamespace(grammar_queue=[]),
+            **{name: batches() for name in ("running_mbs", "mbs", "last_mbs")},
+        )
+        self.manager: Any = SimpleNamespace(
+            server_args=SimpleNamespace(weight_version="0", tokenizer_worker_num=1),
+            rid_to_state={},
+            _result_dispatcher=SimpleNamespace(_mapping=Handlers()),
+        )
+        watch_weight_updates(self.manager)
+
+    def add_request(self, num_tokens: int) -> Any:
+        from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.managers.weight_versions import track_weight_versions
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        rid = f"r{len(self.manager.rid_to_state)}"
+        req = Req(rid, "", [1, 2, 3], SamplingParams(max_new_tokens=9))
+        req.output_ids.extend(range(num_tokens))
+        state: Any = SimpleNamespace(weight_versions=None, output_ids=[])
+        self.manager.rid_to_state[rid] = state
+        track_weight_versions(self.manager, state)
+        return req
+
+    def update(self, version: str) -> None:
+        from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqOutput
+        from sglang.srt.managers.weight_versions import note_weight_update
+
+        output = UpdateWeightFromDiskReqOutput(success=True, message="")
+        asked = SimpleNamespace(weight_version=version)
+        note_weight_update(self.scheduler, asked, output)
+        self.manager._result_dispatcher._mapping[type(output)](output)
+
+    def spans(self, req: Any, num_tokens: int) -> list[tuple[str, int, int]]:
+        versions = self.manager.rid_to_state[req.rid].weight_versions
+        found = versions.spans(num_tokens, self.manager.server_args.weight_version)
+        return [(span["version"], span["start"], span["end"]) for span in found]
+
+
+class Handlers(dict[type, Any]):
+    def __missing__(self, key: type) -> Any:
+        return lambda output: output
+
+
+@pytest.mark.parametrize(
+    "place", ["running", "waiting", "chunked", "grammar", "running_mbs", "mbs", "last_mbs"]
+)
+@pytest.mark.parametrize("num_tokens", [0, 4])
+def test_a_request_anywhere_in_the_scheduler(server: Server, place: str, num_tokens: int) -> None:
+    engine = Engine()
+    req = engine.add_request(num_tokens)
+    scheduler = engine.scheduler
+    if place == "chunked":
+        scheduler.chunked_req = req
+    elif place.endswith("mbs"):
+        scheduler.pp_size = 2
+        getattr(scheduler, place)[0] = type(scheduler.running_batch)(reqs=[req])
+    else:
+        queues = {
+            "running": scheduler.running_batch.reqs,
+            "waiting": scheduler.waiting_queue,
+            "grammar": scheduler.grammar_manager.grammar_queue,
+        }
+        queues[place].append(req)
+    engine.update("1")
+    req.output_ids += [1, 2]
+    engine.update("2")
+    first = [("0", 0, num_tokens)] if num_tokens else []
+    spans = [*first, ("1", num_tokens, num_tokens + 2), ("2", num_tokens + 2, 9)]
+    assert engine.spans(req, 9) == spans
+
+
+def test_a_stop_inside_an_output(server: Server) -> None:
+    engine = Engine()
+    req = engine.add_request(6)
+    req.finished_len = 5
+    engine.scheduler.running_batch.reqs.append(req)
+    engine.update("1")
+    assert engine.spans(req, 5) == [("0", 0, 5)]
+    # It ends earlier than it had come.
+    other = engine.add_request(6)
+    engine.scheduler.running_batch.reqs.append(other)
+    engine.update("2")
+    assert engine.spans(other, 5) == [("1", 0, 5)]
+
+
+def test_a_last_output_that_is_overtaken_by_an_update(server: Server) -> None:
+    engine = Engine()
+    req = engine.add_request(4)
+    engine.scheduler.running_batch.reqs.append(req)
+    engine.update("1")
+    req.output_ids += [1, 2]
+    engine.scheduler.running_batch.reqs.clear()
+    engine.update("2")
+    assert engine.spans(req, 6) == [("0", 0, 4), ("1", 4, 6)]

@@ -74,6 +74,7 @@ class Mode:
     Attributes:
         spawns: Whether its processes are spawned, as they are for users. To fork them takes
             a third of the CPU time.
+        without_weights: Whether the folder of the model has none.
     """
 
     flags: tuple[str, ...] = ()
@@ -82,6 +83,7 @@ class Mode:
     stock: bool = False
     qwen: bool = False
     spawns: bool = False
+    without_weights: bool = False
 
 
 # Tests come in this order, so those that are compared with stock are next to it.
@@ -123,10 +125,16 @@ MODES: dict[str, Mode] = {
     ),
     # Their weights change.
     "weights": Mode(("--enable-trainer-routes",)),
+    "weights_chunked": Mode(("--chunked-prefill-size=32",)),
     "trainer": Mode(("--enable-trainer-routes",), overlap=True, spawns=True),
     "trainer_tp": Mode(
         ("--enable-trainer-routes", "--tp-size=2"),
         env=(("SGLANG_CPU_OMP_THREADS_BIND", "0|1"),),
+    ),
+    # These cannot keep the old weights if something is wrong with the new ones.
+    "trainer_dp": Mode(("--enable-trainer-routes", "--dp-size=2")),
+    "trainer_dummy": Mode(
+        ("--enable-trainer-routes", "--load-format=dummy"), without_weights=True
     ),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     "qwen": Mode(qwen=True),
@@ -178,7 +186,8 @@ class Server:
         logs.mkdir(parents=True, exist_ok=True)
         self.log = logs / f"{name}.log"
         command = [sys.executable, "-m", "sglang.launch_server"]
-        command += ["--model-path", str(tiny_model_path(qwen=mode.qwen))]
+        model = tiny_model_path(qwen=mode.qwen, without_weights=mode.without_weights)
+        command += ["--model-path", str(model)]
         command += ["--port", str(self.port)]
         command += BASE_FLAGS if mode.overlap else [*BASE_FLAGS, "--disable-overlap-schedule"]
         command += mode.flags

@@ -38,17 +38,24 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_model_path(seed: int = 0, qwen: bool = False) -> Path:
+def tiny_model_path(
+    seed: int = 0, qwen: bool = False, without_weights: bool = False
+) -> Path:
     """Return the folder of the model, and make it if there is none.
 
     Args:
         seed: Other seeds give the same model with other weights.
         qwen: Whether the tokenizer has Qwen3's tokens for thoughts and tool calls.
+        without_weights: Whether there is all but the weights.
     """
     path = MODELS / ("tiny" + ("-qwen3" if qwen else "") + (f"-seed-{seed}" if seed else ""))
+    if without_weights:
+        path = path.with_name(f"{path.name}-no-weights")
     if not path.exists():
         unfinished = path.with_name(f"tiny-{os.getpid()}")
         make(unfinished, seed, [*QWEN_TOKENS, CALL, CALL_WITH_TAGS] if qwen else [])
+        if without_weights:
+            (unfinished / "model.safetensors").unlink()
         try:
             unfinished.rename(path)
         except OSError:

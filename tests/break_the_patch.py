@@ -157,8 +157,8 @@ MUTANTS: dict[str, Mutant] = {
     "queued-abort-unanswered": Mutant(
         "C7",
         RECORDER,
-        'meta_info.setdefault("prompt_tokens", len(choice.prompt_ids))',
-        'meta_info["prompt_tokens"]',
+        "num_prompt_ids = meta_info.setdefault(",
+        "num_prompt_ids = (lambda key, _: meta_info[key])(",
         [END_TO_END, "-k", "one_at_a_time"],
     ),
     "null-when-off": Mutant(

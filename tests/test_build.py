@@ -341,6 +341,7 @@ def test_a_module_changes_for_all_releases(project: Path, tree: Path) -> None:
     [line] = [line for line in out.splitlines() if line.startswith("common/")]
     others = [release for release in PINS["releases"] if release != UPSTREAM]
     assert line.startswith(f"{name}: changed") and all(other in line for other in others)
+    assert UPSTREAM not in line
     after = contents(project)
     assert after[name] != before[name]
     assert {**after, name: before[name]} == before

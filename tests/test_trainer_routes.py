@@ -54,8 +54,12 @@ class Trainer:
             [*command, str(world_size), str(timeout)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             text=True,
         )
+        assert self.process.stdout is not None
+        while (line := self.process.stdout.readline()) != "ready\n":
+            assert line, "the trainer ended"
 
     def send(self, seed: int, fault: str = "none") -> None:
         assert self.process.stdin is not None

@@ -2,7 +2,8 @@
 
     python -m tests.engine.trainer PORT WORLD_SIZE [TIMEOUT]
 
-Reads lines "SEED FAULT" and sends for each. FAULT is a name in `FAULTS`.
+Prints a line when it is about to wait for the servers. Reads lines "SEED FAULT" and sends for
+each. FAULT is a name in `FAULTS`.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def main() -> None:
     # Only the series of one release has it, and the tests of all import this file.
     from sglang.srt.weight_sync.broadcast import WeightBroadcaster
 
+    # From here on the timeout counts, and not while this imports.
+    print("ready", flush=True)
     port, world_size = int(sys.argv[1]), int(sys.argv[2])
     timeout = float(sys.argv[3]) if len(sys.argv) > 3 else 60.0
     broadcaster = WeightBroadcaster("127.0.0.1", port, world_size, timeout, device="cpu")

@@ -88,6 +88,14 @@ def is_skipped(item: pytest.Item) -> bool:
     return any(mark.args[0] for mark in item.iter_markers("skipif"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz", "test_parser_fuzz.py")
+    group.addoption("--fuzz-seed", type=int, default=0, help="draw other streams (default: 0)")
+    group.addoption(
+        "--fuzz-seconds", type=float, help="how long to draw (default: a fixed number of streams)"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "clause(*names): the clauses of the contract it proves")
 

@@ -222,6 +222,8 @@ class Fuzz:
         self.counts: Counter[str] = Counter()
         self.pairs: set[tuple[str | None, str | None]] = set()
         self.failures: list[str] = []
+        # Tool-call parsers that need a package which is not here, and what they say then.
+        self.not_served: dict[str, str] = {}
         self.tools_seen: set[str | None] = set()
         self.thoughts_seen: set[str | None] = set()
         self.used: tuple[str | None, str | None] = (None, None)
@@ -259,7 +261,13 @@ class Fuzz:
     def check(self, case: Case) -> None:
         if CUTS_INCREMENTAL_COMPLETIONS and self.serving.is_incremental and not case.is_chat:
             return
-        self.pairs.add((case.tool_call_parser, case.reasoning_parser))
+        pair = case.tool_call_parser, case.reasoning_parser
+        self.pairs.add(pair)
+        try:
+            self.use_parsers(case)
+        except ImportError as error:
+            self.not_served[str(case.tool_call_parser)] = str(error)
+            return
         self.counts["streams"] += 1
         found = self.difference(case, count=True)
         if found:
@@ -338,11 +346,12 @@ class Fuzz:
 
     def summary(self) -> str:
         num_pairs = (len(self.calls) + 1) * (len(self.thoughts) + 1)
+        not_served = "".join(f"\n{x}: {error}" for x, error in sorted(self.not_served.items()))
         return (
             f"{self.counts['streams']} streams compared, {self.counts['failing']} of which the "
             f"release itself fails at; {len(self.pairs)} of {num_pairs} pairs of parsers; "
             f"calls seen from {len(self.tools_seen - {None})} of {len(self.calls)} and reasoning "
-            f"from {len(self.thoughts_seen - {None})} of {len(self.thoughts)}; seed {self.seed}"
+            f"from {len(self.thoughts_seen - {None})} of {len(self.thoughts)}; seed {self.seed}{not_served}"
         )
 
 

@@ -85,6 +85,7 @@ bench: wheel
 	python3 tools/testenv.py $(RELEASE)
 	$(ENV)/bin/python -m bench.serving_layer --json bench/results/serving_layer.json
 	$(ENV)/bin/python -m bench.instructions --json bench/results/instructions.json
+	$(ENV)/bin/python -m bench.http_process --json bench/results/http_process.json
 	$(ENV)/bin/python -m bench.whole_server --json bench/results/whole_server.json
 	$(ENV)/bin/python -m bench.memory --json bench/results/memory.json
 	$(ENV)/bin/python -m bench.report

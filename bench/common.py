@@ -27,6 +27,15 @@ AGENTCORE = (
 )
 PATCHER = "agentcore_rl_toolkit/backends/slime/patches/sglang_token_ids.py"
 
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+MESSAGES = {"messages": [{"role": "user", "content": "Tell me about Paris."}]}
+
 
 @dataclasses.dataclass
 class Row:
@@ -93,6 +102,15 @@ def integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"must be integers separated by commas, not {text!r}"
         ) from None
+
+
+def make_request(port: int, path: str, body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + content
 
 
 def write_results(path: Path, rows: Sequence[Row], **more: Any) -> None:

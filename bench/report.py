@@ -22,6 +22,7 @@ RESULTS = ROOT / "bench" / "results"
 TITLES = {
     "serving_layer": "Serving layer alone",
     "instructions": "Serving layer alone, counted",
+    "http_process": "Whole HTTP process",
     "whole_server": "Whole server",
     "vllm": "vLLM: asking against not asking",
     "memory": "Memory of the HTTP process",
@@ -40,6 +41,13 @@ NOTES = {
     "instructions": (
         "Instructions of a streamed chunk under callgrind, which settles what times are too "
         "noisy for. The source of the outputs is included."
+    ),
+    "http_process": (
+        "CPU time of the process that serves HTTP, with the real tokenizer manager and detokenizer "
+        "and a stand-in for the scheduler that puts out one token a step for each client. `stock "
+        "again` shows how far equal runs differ. At a fixed rate the process is idle most of the "
+        "time; `as fast as it can` has a step as soon as clients have read the one before. No call "
+        "and no thought is in the text of `tools`."
     ),
     "whole_server": (
         "`sglang.bench_serving` against a stock and a patched server in alternation. On a CPU "

@@ -79,6 +79,9 @@ def test_the_report_builds(results: Path, tmp_path: Path, server: str) -> None:
         ("serving_layer", ["--tokens", "many"], ["--tokens", "'many'"]),
         ("whole_server", ["--stock", "http://localhost:1"], ["--stock", "--patched"]),
         ("whole_server", ["--clients", "x"], ["--clients", "'x'"]),
+        ("http_process", ["--rates", "fast"], ["--rates", "'fast'"]),
+        ("http_process", ["--variants", "stok"], ["--variants", "'stok'", "'stock'"]),
+        ("http_process", ["--package", "x=/nonexistent"], ["--package", "NAME=FOLDER"]),
         ("report", ["--results", "/nonexistent"], ["no results", "make bench"]),
     ],
 )

@@ -182,7 +182,10 @@ class TestTokenIdTracking(CustomTestCase):
             yield "second"
 
         tracked = []
-        tracker = SimpleNamespace(track=lambda *args: tracked.append(args))
+        noted = []
+        tracker = SimpleNamespace(
+            track=lambda *args: tracked.append(args), note=noted.append
+        )
 
         async def outputs():
             outputs = generate()
@@ -193,6 +196,7 @@ class TestTokenIdTracking(CustomTestCase):
         self.assertEqual(asyncio.run(outputs()), ["first", "second"])
         expected = [(r.rid, r.input_ids, manager.rid_to_state[r.rid]) for r in requests]
         self.assertEqual(tracked, expected if is_tracked else [])
+        self.assertEqual(noted, ["first", "second"] if is_tracked else [])
 
     def test_requests_are_handed_over(self):
         with patch.object(tokenizer_manager, "wrap_shm_features", lambda obj: obj):

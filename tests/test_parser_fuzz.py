@@ -351,7 +351,8 @@ class Fuzz:
             f"{self.counts['streams']} streams compared, {self.counts['failing']} of which the "
             f"release itself fails at; {len(self.pairs)} of {num_pairs} pairs of parsers; "
             f"calls seen from {len(self.tools_seen - {None})} of {len(self.calls)} and reasoning "
-            f"from {len(self.thoughts_seen - {None})} of {len(self.thoughts)}; seed {self.seed}{not_served}"
+            f"from {len(self.thoughts_seen - {None})} of {len(self.thoughts)}; seed {self.seed}"
+            f"{not_served}"
         )
 
 

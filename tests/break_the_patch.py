@@ -27,6 +27,7 @@ RECORDER = "srt/entrypoints/openai/token_ids.py"
 TRACKING = "srt/managers/token_id_tracking.py"
 AS_STOCK = "tests/test_served_as_stock.py"
 PROPERTIES = "tests/test_token_ids_property.py"
+FUZZ = "tests/test_parser_fuzz.py"
 END_TO_END = "tests/test_end_to_end.py"
 
 
@@ -89,6 +90,21 @@ MUTANTS: dict[str, Mutant] = {
         "                    if '\"content\":null' in chunk:\n"
         "                        yield chunk",
         [PROPERTIES, "-k", "chat"],
+    ),
+    "reasoning-lost": Mutant(
+        "C4",
+        RECORDER,
+        "            yield chunk\n\n    def _find_unsent",
+        "            if '\"reasoning_content\":\"' not in chunk or '\"content\":\"' in chunk:\n"
+        "                yield chunk\n\n    def _find_unsent",
+        [FUZZ],
+    ),
+    "sent-twice-with-a-call": Mutant(
+        "C3",
+        RECORDER,
+        "choice.num_sent = end\n        if",
+        "choice.num_sent = end - ('\"tool_calls\":[' in tail)\n        if",
+        [FUZZ],
     ),
     "sent-again-after-retraction": Mutant(
         "C7",

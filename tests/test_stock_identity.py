@@ -304,10 +304,14 @@ def test_other_endpoints_are_stock_with_the_default_on(servers: ServerPool, serv
 
 @pytest.mark.parametrize("server", ["default_on"])
 def test_asking_is_not_stock(servers: ServerPool, server: str) -> None:
-    """The comparison sees ids where there are some, in every answer that has a choice."""
+    """The comparison sees ids where there are some, in every answer that can have them."""
     stock, patched = servers.get("stock"), servers.get(server)
     for path in ASKING_ENDPOINTS:
-        bodies = [b for b in requests_of(path) if "return_token_ids" not in b]
+        bodies = [
+            body
+            for body in requests_of(path)
+            if "return_token_ids" not in body and not (body.get("echo") and "logprobs" in body)
+        ]
         answered = [b for b in bodies if has_choices(ask(stock.url, path, b))]
         asking = [(path, body) for body in answered]
         found = differences(stock.url, patched.url, asking, tries=1)

@@ -45,8 +45,8 @@ def test_fails_on_a_stock_server(server: Server, tmp_path: Path) -> None:
     verdicts = {c["check"]: c["verdict"] for c in json.loads(report.read_text())["checks"]}
     passing = {"false means none"}
     if NUMBER >= (0, 5, 23):
-        # Its completions have the ids already.
-        passing |= {"completions", "prompt ids come back", "stop string"}
+        # Its completions have the ids already, and it reads the field.
+        passing |= {"completions", "prompt ids come back", "stop string", "bad input"}
     assert {verdicts.pop(check) for check in passing} == {"PASS"}
     assert set(verdicts.values()) == {"FAIL"}
 

@@ -128,7 +128,7 @@ def before() -> list[int]:
 def expected(server: Server, before: list[int]) -> list[int]:
     if not before:
         before += fresh(server, PROMPT, NUM_TOKENS)
-    assert control(server, "/flush_cache").ok
+    flush_cache(server.url)
     return before
 
 
@@ -263,7 +263,7 @@ def test_an_update_between_two_chunks_of_a_prefill(
     server: Server, servers: ServerPool, mode: str
 ) -> None:
     server = servers.get("weights_chunked")
-    assert control(server, "/flush_cache").ok
+    flush_cache(server.url)
     assert control(server, "/update_weight_version", new_version="0").ok
     body = generate([70 + i % 50 for i in range(2000)], max_tokens=8)
     answers: list[dict[str, Any]] = []

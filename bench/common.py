@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.engine.release import ROOT, STOCK
+from testbed.release import ROOT, STOCK
 
 BUILD = ROOT / "build" / "bench"
 # The package whose module `PATCHER` patches this release by search and replace.

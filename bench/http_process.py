@@ -1,7 +1,7 @@
 """What exact ids cost in the whole HTTP process, with no engine in the way.
 
 Real HTTP server, tokenizer manager and detokenizer in processes of their own, fed by a stand-in
-for the scheduler that puts out one token a step for each request (tests/engine/scheduler.py).
+for the scheduler that puts out one token a step for each request (testbed/scheduler.py).
 Clients in processes of their own stream. Stock and patched are measured in alternation.
 
     python -m bench.http_process [--clients 64,256,1024] [--rates 4000,0] [--rounds 5] [--json FILE]
@@ -39,7 +39,7 @@ from bench.common import (
 )
 from bench.report import groups, table
 from bench.soak import MODES, Wrong, soak
-from tests.engine.scheduler import LOCKSTEP, MAX_CLIENT_PROCESSES, PROGRESS_BYTES, EnginelessServer
+from testbed.scheduler import LOCKSTEP, MAX_CLIENT_PROCESSES, PROGRESS_BYTES, EnginelessServer
 
 IDS = {"return_token_ids": True}
 LOGPROBS = {"logprobs": 1}

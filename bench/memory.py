@@ -21,7 +21,7 @@ import psutil
 import requests
 
 from bench.common import Row, print_rows, ratios, write_results
-from tests.engine.server import Server
+from testbed.server import Server
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "not asked": {},

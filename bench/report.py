@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import Row, spread
-from tests.engine.release import ROOT
+from testbed.release import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 TITLES = {

@@ -35,7 +35,7 @@ from bench.common import (
     stock_package,
     write_results,
 )
-from tests.engine.release import UPSTREAM
+from testbed.release import UPSTREAM
 
 TOKENS = "128,1024,8192,32768"
 CHARS_PER_TOKEN = 4
@@ -196,8 +196,8 @@ def serve_jobs() -> None:
     from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
     from starlette.responses import Response
 
-    from tests.engine.handlers import make_handlers
-    from tests.engine.tiny_model import load_tokenizer
+    from testbed.handlers import make_handlers
+    from testbed.tiny_model import load_tokenizer
 
     # One core for all variants: another may have a busier neighbour.
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

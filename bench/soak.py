@@ -1,7 +1,7 @@
 """Many ids to many clients of every kind of request, each of them checked.
 
 The stand-in for the scheduler puts out ids that follow from the seed of the request and the
-position (tests/engine/scheduler.py), so a client knows what it should get: every id once and in
+position (testbed/scheduler.py), so a client knows what it should get: every id once and in
 order, one log-probability for each, and as many as the usage says. After it, nothing may be left
 of the requests in the HTTP process.
 """
@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import requests
 
 from bench.common import MESSAGES, TOOL, make_request
-from tests.engine.release import NUMBER
-from tests.engine.scheduler import EnginelessServer, Script
-from tests.engine.server import CUTS_INCREMENTAL_COMPLETIONS, INCREMENTAL
-from tests.engine.tiny_model import load_tokenizer
+from testbed.release import NUMBER
+from testbed.scheduler import EnginelessServer, Script
+from testbed.server import CUTS_INCREMENTAL_COMPLETIONS, INCREMENTAL
+from testbed.tiny_model import load_tokenizer
 
 FLAGS = ["--tool-call-parser=qwen", "--reasoning-parser=qwen3"]
 MODES: dict[str, list[str]] = {"cumulative": FLAGS, "incremental": [*FLAGS, INCREMENTAL]}

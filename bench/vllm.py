@@ -14,8 +14,8 @@ from pathlib import Path
 
 from bench.common import integers
 from bench.whole_server import CLIENTS, MODES, ONLY, Load, keep, measure
-from tests.engine.tiny_model import tiny_model_path
-from tests.engine.vllm import TORCH, VLLM, vllm_server
+from testbed.tiny_model import tiny_model_path
+from testbed.vllm import TORCH, VLLM, vllm_server
 
 
 def main() -> int:

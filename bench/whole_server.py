@@ -28,8 +28,8 @@ from typing import Any
 import requests
 
 from bench.common import Row, integers, print_rows, ratios, write_results
-from tests.engine.server import Server
-from tests.engine.tiny_model import tiny_model_path
+from testbed.server import Server
+from testbed.tiny_model import tiny_model_path
 
 CLIENTS = "1,16,64"
 # A run of few requests measures little but its start.

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import requests
 
-from tests.engine.release import UPSTREAM
-from tests.engine.server import Server
-from tests.engine.tiny_model import tiny_model_path
-from tests.test_weight_versions import PROMPT, control, fresh
+from testbed.client import PROMPT, control, fresh
+from testbed.release import UPSTREAM
+from testbed.server import Server
+from testbed.tiny_model import tiny_model_path
 from tools.verify import reserve_port
 
 pytestmark = pytest.mark.skipif(

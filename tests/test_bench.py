@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench import serving_layer, whole_server
-from tests.conftest import ServerPool
-from tests.engine.release import PINS, ROOT, UPSTREAM
+from testbed.pool import ServerPool
+from testbed.release import PINS, ROOT, UPSTREAM
 
 pytestmark = pytest.mark.skipif(
     UPSTREAM != PINS["default"], reason="the alternatives it measures are for the default release"

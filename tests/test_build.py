@@ -8,101 +8,32 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from tests.engine.release import PINS, UPSTREAM, WHEEL
+from testbed.project import (
+    PYTHON,
+    build,
+    contents,
+    copy_project,
+    edit,
+    expect_refusal,
+    git,
+    patch_of,
+    series_patches,
+    tool,
+)
+from testbed.release import PINS, ROOT, UPSTREAM, WHEEL
 
 # The test environment of the default release has what they need.
 default_only = pytest.mark.skipif(
     UPSTREAM != PINS["default"], reason="the tools are tested with the default release"
 )
-
-ROOT = Path(__file__).resolve().parent.parent
-# The tools run in the Python that `make` finds, not in the test environment.
-PYTHON = os.path.realpath(sys.executable)
-
-
-def copy_project(target: Path) -> Path:
-    """Copy what the tools need; what was downloaded and installed is shared."""
-    for name in ("patches", "tools"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pins.toml", target)
-    (target / "build").mkdir()
-    for name in ("downloads", "venv-build"):
-        (target / "build" / name).symlink_to(ROOT / "build" / name)
-    return target
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    return copy_project(tmp_path / "project")
-
-
-def tool(project: Path, name: str, *args: str, path: str | None = None) -> tuple[int, str, str]:
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    if path is not None:
-        env["PATH"] = path
-    command = [PYTHON, str(project / "tools" / f"{name}.py"), *args]
-    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=project)
-    return result.returncode, result.stdout, result.stderr
-
-
-def build(project: Path) -> bytes:
-    status, out, err = tool(project, "build", "--release", UPSTREAM)
-    assert status == 0, err
-    [wheel] = (project / "dist").glob("*.whl")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    assert f"sha256   {digest}" in out
-    assert f"pip install --no-deps --force-reinstall dist/{wheel.name}" in out
-    return wheel.read_bytes()
-
-
-def expect_refusal(project: Path, words: list[str], name: str = "build", **kwargs: str) -> None:
-    """One line that says why, a non-zero exit, and no wheel."""
-    args = kwargs.pop("args", "").split()
-    status, _, err = tool(project, name, *args, **kwargs)
-    lines = [line for line in err.splitlines() if not line.startswith("==> ")]
-    assert status != 0 and len(lines) == 1, err
-    assert all(word in lines[0] for word in words), lines[0]
-    assert not list((project / "dist").glob("*.whl"))
-
-
-def series_patches(project: Path, release: str = UPSTREAM) -> list[Path]:
-    names = (project / "patches" / release / "series").read_text().split()
-    return [project / "patches" / name for name in names]
-
-
-def patch_of(project: Path, word: str, release: str = UPSTREAM) -> Path:
-    """Return the patch of the release, not of common/, that has `word` in its name."""
-    [path] = (project / "patches" / release).glob(f"*{word}*.patch")
-    return path
-
-
-def contents(project: Path) -> dict[str, bytes]:
-    """Return every file of patches/."""
-    patches = project / "patches"
-    files = [path for path in patches.rglob("*") if path.is_file()]
-    return {str(path.relative_to(patches)): path.read_bytes() for path in files}
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-
-
-def git(folder: Path, *args: str) -> str:
-    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
-    command = ["git", *identity, *args]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 def make_submodule(project: Path) -> Path:

@@ -13,9 +13,9 @@ import openai
 import pytest
 import requests
 
-from tests.engine.release import ROOT
-from tests.engine.server import START_TIMEOUT_S, Server
-from tests.engine.tiny_model import tiny_model_path
+from testbed.release import ROOT
+from testbed.server import START_TIMEOUT_S, Server
+from testbed.tiny_model import tiny_model_path
 from tools.verify import reserve_port
 
 REQUEST: dict[str, Any] = {

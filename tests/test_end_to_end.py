@@ -17,21 +17,32 @@ from typing import Any
 
 import pytest
 import requests
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tests.engine.release import NUMBER, UPSTREAM
-from tests.engine.server import (
+from testbed.checks import check_both, check_stream
+from testbed.client import (
+    CHAT,
+    COMPLETIONS,
+    WEATHER_TOOL,
+    chat,
+    completion,
+    flush_cache,
+    json_call,
+    post,
+    prompts_of,
+    says,
+    stream,
+    text_of,
+    tool_call,
+)
+from testbed.comparison import TRIES, ask
+from testbed.release import NUMBER, UPSTREAM
+from testbed.server import (
     CUTS_INCREMENTAL_COMPLETIONS,
     IS_NATIVE,
-    KNOWS_TOKEN_BYTES,
     THINK_IS_A_TOKEN,
     Server,
 )
-from tests.engine.tiny_model import CALL_WITH_TAGS, EOS, load_tokenizer
-from tests.test_stock_identity import TRIES, ask, flush_cache
-
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
+from testbed.tiny_model import CALL_WITH_TAGS, EOS, load_tokenizer
 
 MODES = [
     "default",
@@ -42,34 +53,6 @@ MODES = [
     "workers2",
     "retract",
 ]
-
-WEATHER_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "enum": ["Paris", "東京"]}},
-            "required": ["city"],
-        },
-    },
-}
-
-
-def tool_call(city: str) -> str:
-    arguments = json.dumps({"city": city}, ensure_ascii=False)
-    return f'<tool_call>\n{{"name": "get_weather", "arguments": {arguments}}}\n</tool_call>'
-
-
-def json_call(city: str) -> str:
-    """What a model says where the server has it answer with calls alone."""
-    call = {"name": "get_weather", "parameters": {"city": city}}
-    return json.dumps([call], ensure_ascii=False)
-
-
-def says(text: str, **fields: Any) -> dict[str, Any]:
-    """A request whose answer is exactly `text`."""
-    return {"regex": re.escape(text), "max_tokens": 200, **fields}
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -163,29 +146,6 @@ REASONING_CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def chat(case: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": "tiny",
-        "messages": [{"role": "user", "content": "Say something, 日本語."}],
-        "temperature": 0,
-        "return_token_ids": True,
-        **case,
-    }
-
-
-def completion(case: dict[str, Any]) -> dict[str, Any]:
-    case = dict(case)
-    if case.pop("logprobs", None):
-        case["logprobs"] = case.pop("top_logprobs", 0)
-    return {
-        "model": "tiny",
-        "prompt": "Once upon a time, 日本語",
-        "temperature": 0,
-        "return_token_ids": True,
-        **case,
-    }
-
-
 def unasked(make: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
     """Make the same requests without the field."""
 
@@ -195,163 +155,6 @@ def unasked(make: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
         return body
 
     return make_unasked
-
-
-def post(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    response = requests.post(server.url + path, json=body, timeout=120)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def stream(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    body = {"stream_options": {"include_usage": True}, **body, "stream": True}
-    with requests.post(server.url + path, json=body, timeout=120, stream=True) as response:
-        assert response.status_code == 200, response.text
-        events = [line for line in response.iter_lines() if line]
-    assert events.pop() == b"data: [DONE]"
-    chunks = [json.loads(event.removeprefix(b"data: ")) for event in events]
-    assert not [chunk for chunk in chunks if "error" in chunk]
-    return chunks
-
-
-def prompts_of(answer: dict[str, Any]) -> list[list[int]]:
-    """The prompt ids of a whole response, one list for each choice."""
-    if "prompt_token_ids" in answer:
-        return [answer["prompt_token_ids"]] * len(answer["choices"])
-    return [choice["prompt_token_ids"] for choice in answer["choices"]]
-
-
-def text_of(choice: dict[str, Any]) -> str:
-    """All the text that a choice of a response or of a chunk shows."""
-    message = choice.get("message") or choice.get("delta") or {}
-    calls = message.get("tool_calls") or []
-    return "".join(
-        [
-            choice.get("text") or "",
-            message.get("reasoning_content") or "",
-            message.get("content") or "",
-            *(call["function"].get("arguments") or "" for call in calls),
-        ]
-    )
-
-
-# As a byte-level vocabulary spells bytes.
-BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
-
-
-def bytes_of(token: str) -> bytes:
-    """The bytes of a token as the vocabulary has it, or its text if it is an added one."""
-    if all(character in BYTE_OF for character in token):
-        return bytes(BYTE_OF[character] for character in token)
-    return token.encode()
-
-
-def check_logprobs(choice: dict[str, Any], num_top: int) -> None:
-    """C5: one entry for each id, in order, with alternatives of its own."""
-    # Its first tokens are those of the other one.
-    tokenizer = load_tokenizer(qwen=True)
-    ids = choice.get("token_ids", [])
-    logprobs = choice["logprobs"]
-    if logprobs is None:
-        assert not ids
-        return
-    expected = [tokenizer.decode([i]) for i in ids]
-    if KNOWS_TOKEN_BYTES:
-        raw = [bytes_of(token) for token in tokenizer.convert_ids_to_tokens(ids)]
-    else:
-        raw = [text.encode() for text in expected]
-    if "content" in logprobs:
-        assert [bytes(entry["bytes"]) for entry in logprobs["content"]] == raw
-        assert [entry["token"] for entry in logprobs["content"]] == expected
-        values = [entry["logprob"] for entry in logprobs["content"]]
-        tops = [
-            [top["logprob"] for top in entry["top_logprobs"]]
-            for entry in logprobs["content"]
-        ]
-        assert all(len(top) == num_top for top in tops)
-    else:
-        if KNOWS_TOKEN_BYTES:
-            # There is no place for them here: each is shown as a character of its own.
-            expected = [
-                piece.decode("latin-1") if "\N{REPLACEMENT CHARACTER}" in text else text
-                for text, piece in zip(expected, raw)
-            ]
-        assert logprobs["tokens"] == expected
-        values = logprobs["token_logprobs"]
-        tops = [list(top.values()) for top in logprobs["top_logprobs"]]
-    assert len(values) == len(ids)
-    assert all(value <= 0 for value in values)
-    if num_top and "content" in logprobs:
-        # A grammar may rule out the best token, but not make a worse one score better.
-        assert all(value <= top[0] + 1e-4 for value, top in zip(values, tops))
-
-
-def check_stream(
-    chunks: list[dict[str, Any]], is_chat: bool, case: dict[str, Any]
-) -> dict[int, list[int]]:
-    """Check the clauses that can be seen in a stream alone; return its ids by choice."""
-    ids: dict[int, list[int]] = {}
-    for position, chunk in enumerate(chunks):
-        assert ("prompt_token_ids" in chunk) == (is_chat and position == 0)
-        for choice in chunk["choices"]:
-            is_first = choice["index"] not in ids
-            assert ("prompt_token_ids" in choice) == (not is_chat and is_first)
-            sent = ids.setdefault(choice["index"], [])
-            assert choice.get("token_ids", [0]), "an empty key must be left out"
-            sent += choice.get("token_ids", [])
-            if case.get("logprobs"):
-                check_logprobs(choice, case.get("top_logprobs", 0))
-            else:
-                assert choice["logprobs"] is None
-    usage = chunks[-1]["usage"]
-    assert sum(map(len, ids.values())) == usage["completion_tokens"]
-    return ids
-
-
-def check_both(
-    server: Server, path: str, make: Any, case: dict[str, Any]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ask whole and streamed, and compare both with each other and with the engine."""
-    is_chat = path == CHAT
-    body = make(case)
-    whole = post(server, path, body)
-    chunks = stream(server, path, body)
-
-    ids = check_stream(chunks, is_chat, case)
-    for choice in whole["choices"]:
-        assert choice["token_ids"] == ids[choice["index"]], "C2"
-        if case.get("logprobs"):
-            check_logprobs(choice, case.get("top_logprobs", 0))
-    assert len(whole["choices"]) == len(ids) == body.get("n", 1)
-    num_ids = sum(len(choice["token_ids"]) for choice in whole["choices"])
-    assert num_ids == whole["usage"]["completion_tokens"]
-
-    prompts = prompts_of(whole)
-    assert len(prompts[0]) == whole["usage"]["prompt_tokens"], "C6"
-    first = chunks[0] if is_chat else chunks[0]["choices"][0]
-    assert first["prompt_token_ids"] == prompts[0], "C6"
-    check_in_time(chunks)
-    return whole, chunks
-
-
-def check_in_time(chunks: list[dict[str, Any]]) -> None:
-    """C4: the ids sent so far decode to all the text shown so far."""
-    tokenizer = load_tokenizer(qwen=True)
-    ids: dict[int, list[int]] = {}
-    for chunk in chunks:
-        for choice in chunk["choices"]:
-            sent = ids.setdefault(choice["index"], [])
-            sent += choice.get("token_ids", [])
-            delta = choice.get("delta") or {}
-            shown = [choice.get("text"), delta.get("content"), delta.get("reasoning_content")]
-            decoded = tokenizer.decode(sent)
-            for text in shown:
-                if text and "\ufffd" not in text:
-                    assert text in decoded, "C4"
-            for call in delta.get("tool_calls") or []:
-                arguments = call["function"].get("arguments") or ""
-                # Some parsers write the JSON around the values themselves.
-                assert all(c in decoded for c in arguments if c.isalnum()), "C4"
 
 
 def sampled(server: Server, body: dict[str, Any], prompt_ids: list[int]) -> list[int]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import requests
 
-from tests.engine.server import CRASH_DUMPS, Server
-from tests.test_end_to_end import CHAT, COMPLETIONS, chat, completion, post
+from testbed.client import CHAT, COMPLETIONS, chat, completion, post
+from testbed.server import CRASH_DUMPS, Server
 
 TIMEOUT_S = 60.0
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.dialects import (
+from testbed.dialects import (
     REQUIRED_CALL,
     TOOL,
     WORDS,
@@ -32,7 +32,7 @@ from tests.engine.dialects import (
     tool_call_dialect,
     tool_call_parsers,
 )
-from tests.engine.scripted import (
+from testbed.scripted import (
     DONE,
     MARK,
     PROMPT_IDS,
@@ -45,7 +45,7 @@ from tests.engine.scripted import (
     serve,
     without_ids,
 )
-from tests.engine.server import CUTS_INCREMENTAL_COMPLETIONS, INCREMENTAL
+from testbed.server import CUTS_INCREMENTAL_COMPLETIONS, INCREMENTAL
 
 # So many take about a minute in all, and every pair of parsers has its turn.
 NUM_CASES = 2200
@@ -413,7 +413,7 @@ def fuzz(request: pytest.FixtureRequest) -> Iterator[Fuzz]:
 def test_calls_of_every_parser_are_drawn(fuzz: Fuzz) -> None:
     """A parser of a new release has a form of calls that is not in the list yet."""
     unknown = [name for name, dialect in fuzz.calls.items() if not dialect.calls]
-    assert not unknown, f"tests/engine/dialects.py has no call that {unknown} understand"
+    assert not unknown, f"testbed/dialects.py has no call that {unknown} understand"
 
 
 @pytest.mark.clause("C2", "C3", "C4", "C7", "C11")

@@ -13,20 +13,11 @@ from typing import Any
 import pytest
 import requests
 
-from tests.engine.release import UPSTREAM
-from tests.engine.server import Server
-from tests.engine.tiny_model import load_tokenizer
-from tests.test_end_to_end import (
-    CHAT,
-    COMPLETIONS,
-    WEATHER_TOOL,
-    chat,
-    check_stream,
-    post,
-    says,
-    stream,
-    tool_call,
-)
+from testbed.checks import check_stream
+from testbed.client import CHAT, COMPLETIONS, WEATHER_TOOL, chat, post, says, stream, tool_call
+from testbed.release import UPSTREAM
+from testbed.server import Server
+from testbed.tiny_model import load_tokenizer
 
 pytestmark = pytest.mark.skipif(
     UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
+from testbed.client import CHAT, GENERATE
+from testbed.pool import ServerPool
+from testbed.release import UPSTREAM
+from testbed.tiny_model import CALL, tiny_model_path
+from testbed.vllm import vllm_server
 from tests.clients.environments import Exchange, Proxy, name_tokens_by_id, run_client
-from tests.conftest import ServerPool
-from tests.engine.release import UPSTREAM
-from tests.engine.tiny_model import CALL, tiny_model_path
-from tests.engine.vllm import vllm_server
-from tests.test_end_to_end import CHAT
-from tests.test_tokens_in_out import GENERATE
 
 pytestmark = pytest.mark.skipif(
     UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.scripted import PROMPT_IDS, Plan, Serving, Step, Stream, serve, without_ids
-from tests.engine.server import INCREMENTAL
+from testbed.scripted import PROMPT_IDS, Plan, Serving, Step, Stream, serve, without_ids
+from testbed.server import INCREMENTAL
 
 STOP = {"type": "stop", "matched": None}
 FAILED = {

@@ -12,7 +12,7 @@ import requests
 
 from bench.common import MESSAGES
 from bench.soak import KINDS, MODES, soak
-from tests.engine.scheduler import EnginelessServer
+from testbed.scheduler import EnginelessServer
 
 # Stock keeps what belongs to a stream for 2 s after its end.
 KEPT_S = 30.0

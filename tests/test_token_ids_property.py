@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.scripted import (
+from testbed.scripted import (
     MARK,
     PROMPT_IDS,
     Plan,
@@ -27,7 +27,7 @@ from tests.engine.scripted import (
     serve,
     without_ids,
 )
-from tests.engine.server import CUTS_INCREMENTAL_COMPLETIONS, INCREMENTAL
+from testbed.server import CUTS_INCREMENTAL_COMPLETIONS, INCREMENTAL
 
 WHOLE = re.compile(r"</?think>|</?tool_call>|\[f\(.*?\)]")
 TOOL = {

@@ -10,24 +10,17 @@ from typing import Any
 import pytest
 import requests
 
-from tests import test_end_to_end
-from tests.engine.release import UPSTREAM
-from tests.engine.server import Server
-from tests.engine.tiny_model import load_tokenizer, tiny_model_path
-from tests.test_end_to_end import CHAT, COMPLETIONS, post
+from testbed import client
+from testbed.client import CHAT, COMPLETIONS, GENERATE, PROMPT, generate, post
+from testbed.release import UPSTREAM
+from testbed.server import Server
+from testbed.tiny_model import load_tokenizer, tiny_model_path
 
 pytestmark = pytest.mark.skipif(
     UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
 )
-GENERATE = "/inference/v1/generate"
-PROMPT = [70, 71, 72, 73]
 modes = pytest.mark.parametrize("server", ["default", "stream_output"], indirect=True)
 default = pytest.mark.parametrize("server", ["default"], indirect=True)
-
-
-def generate(prompt: list[int] = PROMPT, **sampling_params: Any) -> dict[str, Any]:
-    params = {"temperature": 0, "max_tokens": 16, "ignore_eos": True, **sampling_params}
-    return {"model": "m", "token_ids": prompt, "sampling_params": params}
 
 
 def ask_completions(server: Server, **fields: Any) -> dict[str, Any]:
@@ -37,7 +30,7 @@ def ask_completions(server: Server, **fields: Any) -> dict[str, Any]:
 
 
 def stream(server: Server, body: dict[str, Any]) -> list[dict[str, Any]]:
-    return test_end_to_end.stream(server, GENERATE, {"stream_options": None, **body})
+    return client.stream(server, GENERATE, {"stream_options": None, **body})
 
 
 def join(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -257,7 +250,7 @@ def test_prompt_and_usage_are_those_prefilled(
         body = generate(prompt, max_tokens=1, n=n)
     body |= {"return_token_ids": True}
     whole = post(server, path, body)
-    chunks = test_end_to_end.stream(
+    chunks = client.stream(
         server, path, {**body, "stream_options": {"include_usage": True}}
     )
     for answer, usage in ((whole, whole["usage"]), (chunks[0], chunks[-1]["usage"])):

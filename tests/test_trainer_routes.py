@@ -17,14 +17,22 @@ import pytest
 import requests
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ServerPool
-from tests.engine.release import ROOT, UPSTREAM
-from tests.engine.server import Server
-from tests.engine.tiny_model import tiny_model_path
-from tests.engine.trainer import BAD_PARAMETER
-from tests.test_end_to_end import CHAT, post
-from tests.test_tokens_in_out import GENERATE
-from tests.test_weight_versions import NUM_TOKENS, PROMPT, Running, body_for, control, fresh
+from testbed.client import (
+    CHAT,
+    GENERATE,
+    NUM_TOKENS,
+    PROMPT,
+    Running,
+    body_for,
+    control,
+    fresh,
+    post,
+)
+from testbed.pool import ServerPool
+from testbed.release import ROOT, UPSTREAM
+from testbed.server import Server
+from testbed.tiny_model import tiny_model_path
+from testbed.trainer import BAD_PARAMETER
 from tools.verify import reserve_port
 
 pytestmark = pytest.mark.skipif(
@@ -49,7 +57,7 @@ class Trainer:
 
     def __init__(self, world_size: int, timeout: float = 60.0):
         self.port = reserve_port()
-        command = [sys.executable, "-m", "tests.engine.trainer", str(self.port)]
+        command = [sys.executable, "-m", "testbed.trainer", str(self.port)]
         self.process = subprocess.Popen(
             [*command, str(world_size), str(timeout)],
             cwd=ROOT,

@@ -16,7 +16,7 @@ import pytest
 from releases import extract_source, load_release, run
 from series import committer_environment, make_repository, make_tree, read_series
 
-from tests.engine.release import UPSTREAM
+from testbed.release import UPSTREAM
 
 pytestmark = pytest.mark.skipif(
     UPSTREAM != pull_requests.BASE, reason=f"pull requests are for {pull_requests.BASE}"

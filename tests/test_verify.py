@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.release import NUMBER, ROOT
-from tests.engine.server import BASE_ENV, BASE_FLAGS, START_TIMEOUT_S, Server
-from tests.engine.tiny_model import tiny_model_path
+from testbed.release import NUMBER, ROOT
+from testbed.server import BASE_ENV, BASE_FLAGS, START_TIMEOUT_S, Server
+from testbed.tiny_model import tiny_model_path
 
 
 def verify(*args: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -12,13 +11,24 @@ from typing import Any
 import pytest
 import requests
 
-from tests.conftest import ServerPool
-from tests.engine.release import UPSTREAM
-from tests.engine.server import Server
-from tests.engine.tiny_model import tiny_model_path
-from tests.test_end_to_end import CHAT, COMPLETIONS, post
-from tests.test_stock_identity import flush_cache
-from tests.test_tokens_in_out import GENERATE, generate
+from testbed.client import (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    NUM_TOKENS,
+    PROMPT,
+    Running,
+    body_for,
+    control,
+    flush_cache,
+    fresh,
+    generate,
+    post,
+)
+from testbed.pool import ServerPool
+from testbed.release import UPSTREAM
+from testbed.server import Server
+from testbed.tiny_model import tiny_model_path
 
 pytestmark = [
     pytest.mark.skipif(
@@ -26,25 +36,7 @@ pytestmark = [
     ),
     pytest.mark.parametrize("server", ["weights"], indirect=True),
 ]
-NUM_TOKENS = 300
-PROMPT = [70, 71, 72, 73]
 ENDPOINTS = [GENERATE, CHAT, COMPLETIONS]
-
-
-def body_for(endpoint: str, max_tokens: int, n: int = 1) -> dict[str, Any]:
-    """A request for the same ids on any of the endpoints."""
-    if endpoint == GENERATE:
-        return generate(PROMPT, max_tokens=max_tokens, n=n)
-    params = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "n": n}
-    if endpoint == COMPLETIONS:
-        return {"model": "m", "prompt": PROMPT, "return_token_ids": True, **params}
-    messages = [{"role": "user", "content": "hi"}]
-    fields = {"messages": messages, "input_ids": PROMPT, "return_token_ids": True}
-    return {"model": "m", **fields, **params}
-
-
-def control(server: Server, path: str, **body: Any) -> requests.Response:
-    return requests.post(server.url + path, json=body, timeout=120)
 
 
 def load_weights(server: Server, seed: int, **fields: Any) -> requests.Response:
@@ -63,59 +55,6 @@ def first_weights(server: Server) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def first_label(server: Server) -> None:
     assert control(server, "/update_weight_version", new_version="0").ok
-
-
-class Running:
-    """A streamed request that can be waited for while it runs, slowly until it is to finish."""
-
-    def __init__(self, server: Server, endpoint: str, **fields: Any):
-        self.server = server
-        self.url = server.url + endpoint
-        self.body = {**body_for(endpoint, **fields), "stream": True}
-        self.chunks: list[dict[str, Any]] = []
-        self.num_tokens = 0
-        self.grown = threading.Condition()
-        self.thread = threading.Thread(target=self.read)
-        server.slow_down()
-        self.thread.start()
-
-    def read(self) -> None:
-        with requests.post(self.url, json=self.body, timeout=300, stream=True) as response:
-            for line in response.iter_lines():
-                if line and line != b"data: [DONE]":
-                    with self.grown:
-                        self.chunks.append(json.loads(line.removeprefix(b"data: ")))
-                        choices = self.chunks[-1]["choices"]
-                        self.num_tokens += sum(len(c.get("token_ids", [])) for c in choices)
-                        self.grown.notify_all()
-
-    def wait_for(self, num_tokens: int) -> None:
-        with self.grown:
-            assert self.grown.wait_for(lambda: self.num_tokens >= num_tokens, 60)
-
-    def finish(self) -> dict[int, tuple[list[int], list[dict[str, Any]]]]:
-        """The ids of each choice, and the versions that its last chunk alone has."""
-        self.server.slow_down(0)
-        self.thread.join()
-        ids: dict[int, list[int]] = {}
-        versions: dict[int, list[dict[str, Any]]] = {}
-        for chunk in self.chunks:
-            for choice in chunk["choices"]:
-                index = choice["index"]
-                ids.setdefault(index, []).extend(choice.get("token_ids", []))
-                if choice.get("weight_versions") is not None:
-                    assert choice["finish_reason"] is not None and index not in versions
-                    versions[index] = choice["weight_versions"]
-        return {index: (ids[index], versions[index]) for index in ids}
-
-
-def fresh(server: Server, prompt: list[int], num_tokens: int) -> list[int]:
-    """What the weights of now make of a prompt that is not cached."""
-    # Refused while a request is on its way out of the scheduler, a moment after its answer.
-    flush_cache(server.url)
-    [choice] = post(server, GENERATE, generate(prompt, max_tokens=num_tokens))["choices"]
-    ids: list[int] = choice["token_ids"]
-    return ids
 
 
 @pytest.fixture(scope="module")

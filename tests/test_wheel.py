@@ -14,11 +14,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.engine.release import LOCAL_VERSION, ROOT, STOCK_WHEEL, UPSTREAM, VERSION, WHEEL
-from tests.engine.server import Server
-from tests.test_build import build, expect_refusal, project, series_patches
-
-__all__ = ["project"]
+from testbed.project import build, expect_refusal, series_patches
+from testbed.release import LOCAL_VERSION, ROOT, STOCK_WHEEL, UPSTREAM, VERSION, WHEEL
+from testbed.server import Server
 
 
 def test_builds_are_the_same_bytes_in_two_folders(project: Path) -> None:

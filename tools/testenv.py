@@ -20,7 +20,7 @@ from pathlib import Path
 from releases import BUILD, ROOT, Release, ToolError, fetch, load_release, run, say, sha256_of
 
 TESTS = ROOT / "tests"
-STANDINS = TESTS / "engine" / "standins.py"
+STANDINS = ROOT / "testbed" / "standins.py"
 # The one that comes with Python 3.11 takes twice as long.
 PIP = "pip==26.3"
 # Installed with its dependencies: which ones it has depends on the build that pip finds.

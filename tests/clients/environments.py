@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import requests
 
-from tests.engine.release import ROOT
-from tests.engine.tiny_model import tiny_model_path
+from testbed.release import ROOT
+from testbed.tiny_model import tiny_model_path
 
 CLIENTS = Path(__file__).parent
 TIMEOUT_S = 600

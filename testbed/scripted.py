@@ -16,8 +16,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tests.engine.handlers import Handlers, make_handlers
-from tests.engine.server import INCREMENTAL
+from testbed.handlers import Handlers, make_handlers
+from testbed.server import INCREMENTAL
 
 PROMPT_IDS = [5, 6, 7]
 # Characters that occur once in a text, so that a chunk shows which steps it was made of.

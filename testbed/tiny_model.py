@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.engine.release import ROOT, UPSTREAM
+from testbed.release import ROOT, UPSTREAM
 
 # Older releases of transformers do not read what newer ones write.
 MODELS = ROOT / "build" / "models" / UPSTREAM

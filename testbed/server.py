@@ -16,8 +16,8 @@ from types import TracebackType
 
 import requests
 
-from tests.engine.release import NUMBER, ROOT, STOCK, UPSTREAM
-from tests.engine.tiny_model import tiny_model_path
+from testbed.release import NUMBER, ROOT, STOCK, UPSTREAM
+from testbed.tiny_model import tiny_model_path
 from tools.verify import reserve_port
 
 START_TIMEOUT_S = 600.0

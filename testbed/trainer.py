@@ -1,6 +1,6 @@
 """A trainer in a process of its own: joins the servers and broadcasts the weights of a seed.
 
-    python -m tests.engine.trainer PORT WORLD_SIZE [TIMEOUT]
+    python -m testbed.trainer PORT WORLD_SIZE [TIMEOUT]
 
 Prints a line when it is about to wait for the servers. Reads lines "SEED FAULT" and sends for
 each. FAULT is a name in `FAULTS`.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from safetensors.torch import load_file
 
-from tests.engine.tiny_model import tiny_model_path
+from testbed.tiny_model import tiny_model_path
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 BAD_PARAMETER = "model.layers.1.mlp.gate_proj.weight"

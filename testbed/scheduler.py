@@ -6,7 +6,7 @@ step for each running request, at a pace that `/slow_down` sets: as fast as it c
 in so many seconds. What it puts out is a function of the request, so that a client can tell
 whether it has all of it, once and in order: see `Script`.
 
-    python -m tests.engine.scheduler [--control-fd N] [--progress FILE] FLAGS OF THE SERVER
+    python -m testbed.scheduler [--control-fd N] [--progress FILE] FLAGS OF THE SERVER
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from tests.engine.release import ROOT, UPSTREAM
-from tests.engine.server import BASE_ENV, Server
-from tests.engine.tiny_model import EOS, load_tokenizer, tiny_model_path
+from testbed.release import ROOT, UPSTREAM
+from testbed.server import BASE_ENV, Server
+from testbed.tiny_model import EOS, load_tokenizer, tiny_model_path
 from tools.verify import reserve_port
 
 # So long that ids out of place do not look right by chance.
@@ -403,7 +403,7 @@ class EnginelessServer(Server):
         logs.mkdir(parents=True, exist_ok=True)
         self.log = logs / f"engineless-{re.sub(r'[^a-z0-9]+', '-', name)}.log"
         self.control, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "tests.engine.scheduler"]
+        command = [sys.executable, "-m", "testbed.scheduler"]
         command.append(f"--control-fd={theirs.fileno()}")
         if progress is not None:
             command.append(f"--progress={progress}")

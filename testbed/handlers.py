@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tests.engine.release import NUMBER
-from tests.engine.tiny_model import tiny_model_path
+from testbed.release import NUMBER
+from testbed.tiny_model import tiny_model_path
 
 # A tokenizer manager that is collected waits for its sockets, and for ever.
 KEPT: list[Any] = []

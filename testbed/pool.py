@@ -1,0 +1,51 @@
+"""Servers of several modes, started while tests run against the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from testbed.server import Server
+
+# The stock server, the one under test, one that it is paired with, and the next one.
+MAX_SERVERS = 4
+
+
+class ServerPool:
+    """Starts servers when they are asked for, and stops the oldest beyond a limit.
+
+    Most of the time of a test is spent on waiting for servers to start. So the next one is
+    started while tests run against the one before.
+
+    Args:
+        order: Names in the order in which they are going to be asked for.
+    """
+
+    def __init__(self, report: Callable[[str], None], order: list[str]):
+        self.report = report
+        self.order = order
+        self.servers: dict[str, Server] = {}
+        self.ready: set[str] = set()
+
+    def get(self, name: str) -> Server:
+        server = self.start(name)
+        if name not in self.ready:
+            self.report(f"waiting for the {name} server to be healthy")
+            server.wait()
+            self.ready.add(name)
+            if name in self.order[:-1]:
+                self.start(self.order[self.order.index(name) + 1])
+        return server
+
+    def start(self, name: str) -> Server:
+        if name not in self.servers:
+            while len(self.servers) >= MAX_SERVERS:
+                oldest = next(iter(self.servers))
+                self.ready.discard(oldest)
+                self.servers.pop(oldest).stop()
+            self.servers[name] = Server(name)
+        self.servers[name] = self.servers.pop(name)
+        return self.servers[name]
+
+    def stop(self) -> None:
+        for server in self.servers.values():
+            server.stop()

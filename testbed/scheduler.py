@@ -152,8 +152,10 @@ class StandIn:
             elif wait == 0 and (seconds := self.seconds_to_wait()):
                 time.sleep(seconds)
             if self.running and not self.seconds_to_wait():
+                # Before the step is sent: clients may read it before the next one is planned.
+                progress = self.count_progress() if self.pace == LOCKSTEP else 0
                 self.step()
-                self.plan_next_step()
+                self.plan_next_step(progress)
 
     def seconds_to_wait(self) -> float:
         """How long to wait before it is looked again whether a step is due. It is with 0."""
@@ -164,12 +166,13 @@ class StandIn:
             return 0.001 if self.count_progress() < self.enough else 0.0
         return self.due - now
 
-    def plan_next_step(self) -> None:
+    def plan_next_step(self, progress: int) -> None:
+        """Say when the next step is due, after one at whose start clients had read so much."""
         now = time.monotonic()
         if self.pace == LOCKSTEP:
             # Few are left of a step when the next one is sent, or they would be read together.
             count = len(self.running)
-            self.enough = self.count_progress() + max(1, count - (count + 19) // 20)
+            self.enough = progress + max(1, count - (count + 19) // 20)
             self.due = now + LOCKSTEP_PATIENCE_S
         else:
             # A late step is not made up for.

@@ -9,7 +9,7 @@
 # make install   put the wheel over the SGLang of an environment [PYTHON=python]
 # make test-vllm rollout clients against this and against vLLM (3.5 GB), after make test
 # make verify    check a model, or a running server: MODEL=path [ARGS="--url http://..."]
-# make lint      ruff and mypy, as pre-commit runs them
+# make lint      lint the tools and tests, and as upstream does what the patches add and change
 # make bench     measure what ids cost (with valgrind), then make bench/results/report.md (bench-report)
 # make bench-vllm  what asking costs on vLLM, after make bench (3.5 GB)
 # make mutants   break the patch on purpose and see that the tests notice

@@ -1,7 +1,9 @@
 # make wheel     build dist/sglang-*.whl
 # make test      build it, install it in an environment of its own, prove the contract
+# make test-full   the same on every kind of server, and store the result by capability
 # make check     prove that the series applies exactly and exports to the same files
-# make wheel-all | test-all | check-all           the same for every release
+# make wheel-all | test-all | check-all           the same for every release, in full
+# make compatibility   make docs/compatibility.md and the table in README.md of the results
 # make status    how much of upstream each series touches, its upstream status
 # make pins      recompute the hashes of pins.toml
 # make port      start the series of a release: FROM=v0.5.9 TO=v0.5.23
@@ -34,7 +36,12 @@ wheel:
 
 test: wheel
 	python3 tools/testenv.py $(RELEASE)
-	$(ENV)/bin/python -m pytest $(ARGS) tests
+	$(ENV)/bin/python -m pytest -m "not full" $(ARGS) tests
+
+test-full: wheel
+	python3 tools/testenv.py $(RELEASE)
+	status=0; $(ENV)/bin/python -m pytest --store-results $(ARGS) tests || status=$$?; \
+	    python3 tools/compatibility.py && exit $$status
 
 check:
 	python3 tools/series.py $(RELEASE) check
@@ -50,7 +57,10 @@ wheel-v%:
 test-all: $(addprefix test-,$(RELEASES))
 
 test-v%:
-	$(MAKE) test UPSTREAM=v$*
+	$(MAKE) test-full UPSTREAM=v$*
+
+compatibility:
+	python3 tools/compatibility.py
 
 status:
 	python3 tools/status.py
@@ -111,5 +121,5 @@ patch-refresh:
 clean:
 	rm -rf build dist
 
-.PHONY: wheel wheel-all upstream-prs test test-all test-vllm check check-all status pins port install verify lint mutants bench bench-vllm bench-report patch-tree patch-new \
+.PHONY: wheel wheel-all upstream-prs test test-full test-all compatibility test-vllm check check-all status pins port install verify lint mutants bench bench-vllm bench-report patch-tree patch-new \
 	patch-refresh clean

@@ -139,6 +139,18 @@ MODES: dict[str, Mode] = {
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     "qwen": Mode(qwen=True),
 }
+# Those that `make test` starts: enough for every clause and every capability.
+SHORT_MODES = (
+    "stock",
+    "default",
+    "default_on",
+    "stream_output",
+    "reasoning",
+    "auto_truncate_default_on_env",
+    "dumps",
+    "weights",
+    "trainer",
+)
 
 
 def wait_until_healthy(

@@ -1,16 +1,24 @@
-"""Servers that are started once, and a summary by clause of the contract."""
+"""Servers that are started once, and what was proved: by clause of the contract, by capability."""
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from compatibility import CAPABILITIES, Outcome, Result, capability_of, path_of, series_of
 
 from testbed.pool import ServerPool
 from testbed.project import copy_project
-from testbed.server import MODES, Server
+from testbed.release import ROOT, UPSTREAM
+from testbed.server import MODES, ON_GPU, SHORT_MODES, Server
+
+# What `make test` runs.
+SHORT = "not full"
+COLLECTED = pytest.StashKey[list[pytest.Item]]()
+SERIES = pytest.StashKey[str]()
 
 
 @pytest.fixture(scope="session")
@@ -48,11 +56,22 @@ def mode_of(item: pytest.Item) -> str | None:
     return mode if mode in MODES else None
 
 
+def proved_by(item: pytest.Item) -> tuple[list[str], str | None]:
+    """The clauses and the capability that a test proves."""
+    clauses = [name for mark in item.iter_markers("clause") for name in mark.args]
+    return clauses, capability_of(item.path.stem, bool(clauses))
+
+
 def is_skipped(item: pytest.Item) -> bool:
     return any(mark.args[0] for mark in item.iter_markers("skipif"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--store-results",
+        action="store_true",
+        help="keep the result by capability in docs/compatibility/, if all tests run",
+    )
     group = parser.getgroup("fuzz", "test_parser_fuzz.py")
     group.addoption("--fuzz-seed", type=int, default=0, help="draw other streams (default: 0)")
     group.addoption(
@@ -62,10 +81,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "clause(*names): the clauses of the contract it proves")
+    config.addinivalue_line("markers", "full: left to `make test-full`")
+    # Patches may change while tests run.
+    config.stash[SERIES] = series_of(UPSTREAM)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Bring the tests of one server together."""
+# Before the tests are selected.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Bring the tests of one server together, and leave most servers to the full run."""
+    config.stash[COLLECTED] = list(items)
+    for item in items:
+        if mode_of(item) not in (None, *SHORT_MODES):
+            item.add_marker("full")
     order = list(MODES)
 
     def position(item: pytest.Item) -> int:
@@ -75,22 +103,59 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=position)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    passed: Counter[str] = Counter()
-    failed: Counter[str] = Counter()
-    for outcome, counter in (("passed", passed), ("failed", failed), ("error", failed)):
-        for report in terminalreporter.stats.get(outcome, []):
-            counter.update(dict(getattr(report, "user_properties", [])).get("clauses", []))
-    clauses = sorted(passed | failed, key=lambda name: int(name[1:]))
-    if not clauses:
-        return
-    terminalreporter.section("the contract, by clause")
-    for name in clauses:
-        line = f"{name:4} {passed[name]:4} tests passed"
-        terminalreporter.write_line(line + (f", {failed[name]} FAILED" if failed[name] else ""))
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    outcomes = count_outcomes(terminalreporter)
+    clauses = [name for name in outcomes if name not in CAPABILITIES]
+    if clauses:
+        terminalreporter.section("the contract, by clause")
+    for name in sorted(clauses, key=lambda name: int(name[1:])):
+        outcome = outcomes[name]
+        line = f"{name:4} {outcome.passed:4} tests passed"
+        terminalreporter.write_line(line + (f", {outcome.failed} FAILED" if outcome.failed else ""))
+    if config.option.markexpr == SHORT:
+        left = [item for item in config.stash[COLLECTED] if item.get_closest_marker("full")]
+        modes = dict.fromkeys(map(mode_of, left))
+        whole = [mode for mode in modes if mode not in (None, *SHORT_MODES)]
+        others = dict.fromkeys(item.path.stem for item in left if mode_of(item) not in whole)
+        terminalreporter.section(f"left to make test-full: {len(left)} tests")
+        terminalreporter.write_line(f"all with the servers {', '.join(map(str, whole))}")
+        terminalreporter.write_line(f"some in {', '.join(others)}")
+    if config.option.store_results:
+        if terminalreporter.stats.get("deselected") or exitstatus not in (0, 1):
+            terminalreporter.write_line("no results stored: not all tests ran")
+            return
+        date = datetime.date.today().isoformat()
+        capabilities = {name: outcomes[name] for name in CAPABILITIES if name in outcomes}
+        device = "GPU" if ON_GPU else "CPU"
+        result = Result(UPSTREAM, config.stash[SERIES], device, date, capabilities)
+        path = path_of(UPSTREAM, device)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(result.to_json())
+        terminalreporter.write_line(f"results stored in {path.relative_to(ROOT)}")
+
+
+def count_outcomes(terminalreporter: pytest.TerminalReporter) -> dict[str, Outcome]:
+    """Return what the tests came to, by clause and by capability."""
+    counts: dict[str, Counter[str]] = {}
+    reasons: dict[str, Counter[str]] = {}
+    for kind in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(kind, []):
+            for name in dict(getattr(report, "user_properties", [])).get("proves", []):
+                counts.setdefault(name, Counter())[kind] += 1
+                if kind == "skipped":
+                    reason = report.longrepr[2].removeprefix("Skipped: ")
+                    reasons.setdefault(name, Counter())[reason] += 1
+    return {
+        name: Outcome(
+            count["passed"], count["failed"] + count["error"], dict(reasons.get(name, {}))
+        )
+        for name, count in counts.items()
+    }
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    clauses = [name for mark in item.iter_markers("clause") for name in mark.args]
-    item.user_properties.append(("clauses", clauses))
+    clauses, capability = proved_by(item)
+    item.user_properties.append(("proves", [*clauses, *([capability] if capability else [])]))

@@ -14,9 +14,13 @@ from bench import serving_layer, whole_server
 from testbed.pool import ServerPool
 from testbed.release import PINS, ROOT, UPSTREAM
 
-pytestmark = pytest.mark.skipif(
-    UPSTREAM != PINS["default"], reason="the alternatives it measures are for the default release"
-)
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(
+        UPSTREAM != PINS["default"],
+        reason="the alternatives it measures are for the default release",
+    ),
+]
 
 SHORT = {
     "serving_layer": ["--tokens", "8,16", "--rounds", "1"],

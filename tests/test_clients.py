@@ -98,6 +98,7 @@ def test_rllm_model_gateway(server: Server) -> None:
             assert len(trace["logprobs"]) == len(ids)
 
 
+@pytest.mark.full
 @pytest.mark.clause("C9")
 @pytest.mark.parametrize("server", ["default", "default_on"], indirect=True)
 def test_sglang_router(server: Server) -> None:

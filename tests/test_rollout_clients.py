@@ -18,9 +18,12 @@ from testbed.tiny_model import CALL, tiny_model_path
 from testbed.vllm import vllm_server
 from tests.clients.environments import Exchange, Proxy, name_tokens_by_id, run_client
 
-pytestmark = pytest.mark.skipif(
-    UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
-)
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(
+        UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
+    ),
+]
 VLLM_FLAGS = ["--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser=hermes"]
 needs_vllm = pytest.mark.skipif(
     os.environ.get("TEST_VLLM") != "1", reason="vLLM is not asked for: see make test-vllm"

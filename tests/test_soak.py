@@ -14,6 +14,7 @@ from bench.common import MESSAGES
 from bench.soak import KINDS, MODES, soak
 from testbed.scheduler import EnginelessServer
 
+pytestmark = pytest.mark.full
 # Stock keeps what belongs to a stream for 2 s after its end.
 KEPT_S = 30.0
 

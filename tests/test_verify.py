@@ -27,7 +27,15 @@ def verify(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("server", ["default", "stream_output", "reasoning"], indirect=True)
+@pytest.mark.parametrize(
+    "server",
+    [
+        "default",
+        pytest.param("stream_output", marks=pytest.mark.full),
+        pytest.param("reasoning", marks=pytest.mark.full),
+    ],
+    indirect=True,
+)
 def test_passes_on_a_patched_server(server: Server, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     result = verify("--url", server.url, "--json", str(report))
@@ -51,6 +59,7 @@ def test_fails_on_a_stock_server(server: Server, tmp_path: Path) -> None:
     assert set(verdicts.values()) == {"FAIL"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("server", ["default"])
 def test_starts_a_server_itself(server: str) -> None:
     flags = ["--disable-overlap-schedule", *BASE_FLAGS]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import filecmp
+import hashlib
 import os
 import re
 import shutil
@@ -192,6 +193,11 @@ def read_series(release: Release) -> list[Patch]:
         if name_of(path) not in known:
             raise ToolError(f"{name_of(path)} is on disk but is not listed in any series")
     return [read_patch(PATCHES / name) for name in names]
+
+
+def sha256_of_series(patches: list[Patch]) -> str:
+    """Return the hash of a series: of its patches in order, one behind the other."""
+    return hashlib.sha256(b"".join(patch.path.read_bytes() for patch in patches)).hexdigest()
 
 
 def apply_patch(patch: Patch, tree: Path) -> None:

@@ -10,6 +10,7 @@
 # make upstream-prs   the patches as pull requests to upstream, in dist/upstream
 # make install   put the wheel over the SGLang of an environment [PYTHON=python]
 # make test-vllm rollout clients against this and against vLLM (3.5 GB), after make test
+# make apply     put the series on a source tree in place: TREE=path [UPSTREAM=], make unapply TREE=
 # make verify    check a model, or a running server: MODEL=path [ARGS="--url http://..."]
 # make lint      lint the tools and tests, and as upstream does what the patches add and change
 # make bench     measure what ids cost (with valgrind), then make bench/results/report.md (bench-report)
@@ -77,6 +78,12 @@ upstream-prs:
 install:
 	python3 tools/install.py $(RELEASE) --python $(PYTHON)
 
+apply:
+	python3 tools/apply.py $(if $(filter-out file,$(origin UPSTREAM)),$(RELEASE)) $(TREE)
+
+unapply:
+	python3 tools/apply.py --undo $(TREE)
+
 verify:
 	$(PYTHON) tools/verify.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
@@ -121,5 +128,5 @@ patch-refresh:
 clean:
 	rm -rf build dist
 
-.PHONY: wheel wheel-all upstream-prs test test-full test-all compatibility test-vllm check check-all status pins port install verify lint mutants bench bench-vllm bench-report patch-tree patch-new \
+.PHONY: wheel wheel-all upstream-prs test test-full test-all compatibility test-vllm check check-all status pins port install apply unapply verify lint mutants bench bench-vllm bench-report patch-tree patch-new \
 	patch-refresh clean

@@ -33,14 +33,14 @@ def test_only_the_series_differs_from_the_stock_wheel() -> None:
 
     stock = read(ROOT / "build" / "downloads" / STOCK_WHEEL, VERSION)
     ours = read(ROOT / "dist" / WHEEL, LOCAL_VERSION)
-    manifest = json.loads(ours["info/PATCHES.json"])
+    manifest = json.loads(ours["sglang/PATCHES.json"])
     different = {n for n in stock.keys() | ours.keys() if stock.get(n) != ours.get(n)}
     assert different == {
         *manifest["files"],
         "sglang/_version.py",
         "info/METADATA",
         "info/RECORD",
-        "info/PATCHES.json",
+        "sglang/PATCHES.json",
         "info/licenses/NOTICE",
     }
     assert ours["info/METADATA"] == stock["info/METADATA"].replace(

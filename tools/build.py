@@ -222,7 +222,7 @@ def build(release: Release, python: str | None = None, machine: str | None = Non
             entries = read_wheel(built)
         info = f"sglang-{release.local_version}.dist-info"
         manifest = json.dumps(manifest_of(release, patches), indent=2) + "\n"
-        entries[f"{info}/PATCHES.json"] = manifest.encode()
+        entries["sglang/PATCHES.json"] = manifest.encode()
         entries[f"{info}/licenses/NOTICE"] = notice_of(release, patches).encode()
         write_wheel(wheel, entries)
     return wheel

@@ -40,7 +40,7 @@ def make_handlers(*flags: str) -> Handlers:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
-    if NUMBER < (0, 5, 23):
+    if NUMBER < (0, 5, 16):
         from sglang.srt.managers.template_manager import TemplateManager
     else:
         from sglang.srt.parser.template_manager import TemplateManager

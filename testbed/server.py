@@ -44,10 +44,13 @@ else:
     BASE_ENV |= {"OMP_NUM_THREADS": "1"}
 
 
-INCREMENTAL = "--stream-output" if NUMBER < (0, 5, 12) else "--incremental-streaming-output"
+INCREMENTAL = "--stream-output" if NUMBER < (0, 5, 10) else "--incremental-streaming-output"
 # Stock takes the new text of an incremental completion for all of it, and cuts off as much
 # as it has sent.
-CUTS_INCREMENTAL_COMPLETIONS = (0, 5, 12) <= NUMBER < (0, 5, 23)
+CUTS_INCREMENTAL_COMPLETIONS = (0, 5, 10) <= NUMBER < (0, 5, 23)
+CUTS_INCREMENTAL_CHAT = (0, 5, 10) <= NUMBER < (0, 5, 12)
+# Stock looks up the name of the status that an aborted request does not have.
+FAILS_ABORTED_STREAMS = (0, 5, 10) <= NUMBER < (0, 5, 12)
 # Later releases want </think> to be one token where there are grammars.
 THINK_IS_A_TOKEN = NUMBER >= (0, 5, 12)
 # Whether log-probabilities have the bytes of a token that is a part of a character.

@@ -37,7 +37,9 @@ from testbed.client import (
 from testbed.comparison import TRIES, ask
 from testbed.release import NUMBER, UPSTREAM
 from testbed.server import (
+    CUTS_INCREMENTAL_CHAT,
     CUTS_INCREMENTAL_COMPLETIONS,
+    FAILS_ABORTED_STREAMS,
     IS_NATIVE,
     THINK_IS_A_TOKEN,
     Server,
@@ -188,6 +190,8 @@ def test_text(server: Server, name: str, path: str) -> None:
 def test_tools(server: Server, name: str) -> None:
     if NUMBER >= (0, 5, 15) and name in ("tool call required", "tool named"):
         pytest.skip(f"{UPSTREAM} needs <tool_call> to be a special token of the tiny model")
+    if CUTS_INCREMENTAL_CHAT and server.name.startswith("stream_output"):
+        pytest.skip(f"stock {UPSTREAM} cuts the text of calls off in incremental chat")
     case = {"tools": [WEATHER_TOOL], **TOOL_CASES[name]}
     whole, chunks = check_both(server, CHAT, chat, case)
     choice = whole["choices"][0]
@@ -360,6 +364,9 @@ def test_truncated_prompt(server: Server, path: str) -> None:
     assert prompt == full[: len(prompt)]
 
 
+ABORTED_STREAMS_FAIL = f"stock {UPSTREAM} looks up the name of a status that an abort does not have"
+
+
 def abort_mid_stream(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     chunks = []
@@ -381,6 +388,7 @@ def abort_mid_stream(server: Server, path: str, body: dict[str, Any]) -> list[di
 @pytest.mark.clause("C2", "C7")
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
 @pytest.mark.parametrize("server", ["default", "stream_output"], indirect=True)
+@pytest.mark.skipif(FAILS_ABORTED_STREAMS, reason=ABORTED_STREAMS_FAIL)
 def test_abort_mid_stream(server: Server, path: str) -> None:
     make = chat if path == CHAT else completion
     body = make({"max_tokens": 1500, "ignore_eos": True})
@@ -423,6 +431,8 @@ def test_abort_in_the_queue(server: Server, path: str, streamed: bool) -> None:
 
     From v0.5.23 on, the scheduler aborts it only once it runs.
     """
+    if streamed and FAILS_ABORTED_STREAMS:
+        pytest.skip(ABORTED_STREAMS_FAIL)
     make = chat if path == CHAT else completion
     rid = f"queued-{time.time_ns()}"
     fields = {"max_tokens": 1500, "ignore_eos": True}
@@ -500,7 +510,7 @@ def test_64_concurrent_incremental_streams(server: Server, path: str) -> None:
         chunks = stream(server, path, body)
         return chunks, check_stream(chunks, path == CHAT, {})
 
-    cuts_text = path == COMPLETIONS and CUTS_INCREMENTAL_COMPLETIONS
+    cuts_text = CUTS_INCREMENTAL_CHAT if path == CHAT else CUTS_INCREMENTAL_COMPLETIONS
     merged = 0
     # How far the HTTP side lags behind is up to the machine.
     for _ in range(5):

@@ -260,7 +260,7 @@ class Fuzz:
 
     def check(self, case: Case) -> None:
         if CUTS_INCREMENTAL_COMPLETIONS and self.serving.is_incremental and not case.is_chat:
-            return
+            case = dataclasses.replace(case, is_chat=True)
         try:
             self.use_parsers(case)
         except ImportError as error:

@@ -27,7 +27,7 @@ from testbed.scripted import (
     serve,
     without_ids,
 )
-from testbed.server import CUTS_INCREMENTAL_COMPLETIONS, INCREMENTAL
+from testbed.server import CUTS_INCREMENTAL_COMPLETIONS, FAILS_ABORTED_STREAMS, INCREMENTAL
 
 WHOLE = re.compile(r"</?think>|</?tool_call>|\[f\(.*?\)]")
 TOOL = {
@@ -37,6 +37,13 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"a": {"type": "string"}}},
     },
 }
+FINISH_REASONS: list[dict[str, Any]] = [
+    {"type": "stop", "matched": 3},
+    {"type": "stop", "matched": "END"},
+    {"type": "length", "length": 9},
+]
+if not FAILS_ABORTED_STREAMS:
+    FINISH_REASONS.append({"type": "abort", "message": "Aborted", "status_code": None})
 
 
 @st.composite
@@ -67,19 +74,7 @@ def plans(draw: st.DrawFn, with_tags: bool) -> Plan:
     waits = draw(
         st.lists(st.integers(0, 12), min_size=len(order), max_size=len(order))
     )
-    finish = [
-        draw(
-            st.sampled_from(
-                [
-                    {"type": "stop", "matched": 3},
-                    {"type": "stop", "matched": "END"},
-                    {"type": "length", "length": 9},
-                    {"type": "abort", "message": "Aborted", "status_code": None},
-                ]
-            )
-        )
-        for _ in choices
-    ]
+    finish = [draw(st.sampled_from(FINISH_REASONS)) for _ in choices]
     start = draw(st.integers(0, 6))
     reasoning = start, start + draw(st.integers(0, 12))
     return Plan(choices, finish, list(zip(order, waits)), reasoning)

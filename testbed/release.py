@@ -27,3 +27,5 @@ _PYTHON = f"-cp{sys.version_info.major}{sys.version_info.minor}-"
     if "-py3-none-any" in file or (_PYTHON in file and platform.machine() in file)
 ]
 WHEEL = STOCK_WHEEL.replace(f"-{VERSION}-", f"-{LOCAL_VERSION}-", 1)
+# The patches of the release, to tell what its series has.
+SERIES = (ROOT / "patches" / UPSTREAM / "series").read_text()

@@ -16,7 +16,7 @@ from types import TracebackType
 
 import requests
 
-from testbed.release import NUMBER, ROOT, STOCK, UPSTREAM
+from testbed.release import NUMBER, ROOT, SERIES, STOCK, UPSTREAM
 from testbed.tiny_model import tiny_model_path
 from tools.verify import reserve_port
 
@@ -58,7 +58,15 @@ KNOWS_TOKEN_BYTES = NUMBER >= (0, 5, 23)
 
 # Whether `return_token_ids` is a field of stock, whose reading of it stays.
 IS_NATIVE = NUMBER >= (0, 5, 23)
+# Whether `input_ids` of chat is one: what stock reads and serves stays, and bounds are added.
+STOCK_TAKES_INPUT_IDS = NUMBER >= (0, 5, 15)
+# Whether scheduler and tokenizer manager track the versions of weights by themselves.
+STOCK_TRACKS_VERSIONS = NUMBER >= (0, 5, 20)
+# Between them an update that flushes the cache ends the server if a request is waiting.
+FLUSHES_WHILE_REQUESTS_WAIT = NUMBER < (0, 5, 12) or NUMBER >= (0, 5, 23)
 CRASH_DUMPS = ROOT / "build" / "crash-dumps" / UPSTREAM
+
+TRAINER_ROUTES = ("--enable-trainer-routes",) if "/trainer-routes-" in SERIES else ()
 
 SMALLEST_LAYERS = {
     "num_hidden_layers": 1,
@@ -127,7 +135,8 @@ MODES: dict[str, Mode] = {
         env=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),
     ),
     # Their weights change.
-    "weights": Mode(("--enable-trainer-routes",)),
+    "weights": Mode(TRAINER_ROUTES),
+    "weights_overlap": Mode(overlap=True),
     "weights_chunked": Mode(("--chunked-prefill-size=32",)),
     "trainer": Mode(("--enable-trainer-routes",), overlap=True, spawns=True),
     "trainer_tp": Mode(

@@ -250,17 +250,17 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "prompt-not-as-given": Mutant(
         "C6",
-        "srt/entrypoints/openai/serving_chat.py",
-        "result.prompt_ids = request.input_ids",
-        "result.prompt_ids = request.input_ids[1:]",
-        ["tests/test_prompt_ids.py"],
+        TOKENS,
+        "request.input_ids = request.tokens",
+        "request.input_ids = request.tokens[1:]",
+        [TEST_PROMPT_IDS, "-k", "taken_as_given"],
     ),
     "lax-ids": Mutant(
         "C10",
         PROMPT_IDS,
         "List[StrictInt]",
         "List[int]",
-        [TEST_PROMPT_IDS, "-k", "bad_prompts_are_named"],
+        [TEST_PROMPT_IDS, "-k", "ids_are_integers"],
     ),
     "all-bad-ids-named": Mutant(
         "C10",
@@ -285,17 +285,25 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "chat-counts-not-checked": Mutant(
         "C10",
-        "srt/entrypoints/openai/serving_chat.py",
-        "return check_counts(\n            request.n, request.top_logprobs,",
-        "return check_counts(\n            None, None,",
+        PROMPT_IDS,
+        "request.n, request.top_logprobs,",
+        "None, None,",
         [TEST_PROMPT_IDS, "-k", "survive and choices and below"],
     ),
     "ids-with-media": Mutant(
         "C1",
-        "srt/entrypoints/openai/serving_chat.py",
+        PROMPT_IDS,
         'if part.type != "text":',
         "if False:",
-        [TEST_PROMPT_IDS, "-k", "media"],
+        [TEST_PROMPT_IDS, "-k", "media_is_refused"],
+    ),
+    # From v0.5.15 on.
+    "media-that-stock-leaves-out": Mutant(
+        "C8",
+        "srt/entrypoints/openai/serving_chat.py",
+        "ignores_media=True",
+        "ignores_media=False",
+        [TEST_PROMPT_IDS, "-k", "what_stock_reads_stays"],
     ),
     "generate-before-truncation": Mutant(
         "C6",
@@ -321,8 +329,8 @@ MUTANTS: dict[str, Mutant] = {
     "version-one-token-early": Mutant(
         "C1",
         WEIGHT_VERSIONS,
-        "len(req.output_ids_through_stop) for req",
-        "max(len(req.output_ids_through_stop) - 1, 0) for req",
+        "len(req.output_ids_through_stop) +",
+        "max(len(req.output_ids_through_stop) - 1, 0) +",
         [TEST_WEIGHT_VERSIONS, "-k", "middle"],
     ),
     "version-of-the-next-weights": Mutant(
@@ -356,9 +364,16 @@ MUTANTS: dict[str, Mutant] = {
     "version-of-another-microbatch": Mutant(
         "C1",
         WEIGHT_VERSIONS,
-        "[*scheduler.running_mbs, *scheduler.mbs, *scheduler.last_mbs]",
-        "[]",
+        'for name in ("running_mbs", "mbs", "last_mbs"):',
+        "for name in ():",
         [TEST_WEIGHT_VERSIONS, "-k", "anywhere and mbs"],
+    ),
+    "version-of-a-step-left-behind": Mutant(
+        "C1",
+        WEIGHT_VERSIONS,
+        "num_pending[req.rid] += accept_lens[i] if accept_lens else 1",
+        "pass",
+        [TEST_WEIGHT_VERSIONS, "-k", "overlap"],
     ),
     "version-beyond-the-stop": Mutant(
         "C2",

@@ -15,15 +15,20 @@ import requests
 
 from testbed.checks import check_stream
 from testbed.client import CHAT, COMPLETIONS, WEATHER_TOOL, chat, post, says, stream, tool_call
-from testbed.release import UPSTREAM
-from testbed.server import Server
+from testbed.pool import ServerPool
+from testbed.release import SERIES, UPSTREAM
+from testbed.server import STOCK_TAKES_INPUT_IDS, Server
 from testbed.tiny_model import load_tokenizer
 
 pytestmark = pytest.mark.skipif(
-    UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
+    "/openai-add-inference-v1-generate-" not in SERIES,
+    reason=f"the series of {UPSTREAM} has no patch for it",
 )
 TOKENS = "/v1/chat/completions/tokens"
 default = pytest.mark.parametrize("server", ["default"], indirect=True)
+# Where the field is ours.
+OWN_PATHS = [TOKENS] if STOCK_TAKES_INPUT_IDS else [CHAT, TOKENS]
+MEDIA = ["image_url", "video_url", "audio_url"]
 TURNS = 10
 
 
@@ -33,9 +38,20 @@ def render(messages: list[dict[str, Any]], **fields: Any) -> list[int]:
     return ids
 
 
+def field_of(path: str) -> str:
+    return "tokens" if path == TOKENS else "input_ids"
+
+
 def with_prompt(path: str, prompt: list[int], **fields: Any) -> dict[str, Any]:
     body = chat({"max_tokens": 12, "ignore_eos": True, **fields})
-    return {**body, "tokens" if path == TOKENS else "input_ids": prompt}
+    return {**body, field_of(path): prompt}
+
+
+def with_media(path: str, kind: str) -> dict[str, Any]:
+    media = {"type": kind, kind: {"url": "http://127.0.0.1:1/a"}}
+    parts = [{"type": "text", "text": "What is this?"}, media]
+    user, system = {"role": "user", "content": parts}, {"role": "system", "content": "Be brief."}
+    return {**with_prompt(path, [5, 6]), "messages": [system, user]}
 
 
 @default
@@ -86,19 +102,26 @@ def test_tools_are_parsed(server: Server) -> None:
         ([5, -1], ["-1", "position 1"]),
         ([5, 6, 1_000_000], ["1000000", "position 2", "300"]),
         ([5] * 5000, ["5000", "4096"]),
-        ("text", []),
-        ([5, True], ["', 1", "valid integer"]),
-        ([5, 6, "7"], ["', 2", "valid integer"]),
-        ([3.0], ["', 0", "valid integer"]),
+        ("text", ["valid list"]),
     ],
-    ids=["empty", "negative", "outside of the vocabulary", "too long", "text", "bool", "string"]
-    + ["float"],
+    ids=["empty", "negative", "outside of the vocabulary", "too long", "text"],
 )
 def test_bad_prompts_are_named(server: Server, path: str, prompt: Any, named: list[str]) -> None:
+    check_refused(server, path, prompt, named)
+
+
+@default
+@pytest.mark.parametrize("path", OWN_PATHS)
+@pytest.mark.parametrize(
+    ("prompt", "position"), [([5, True], 1), ([5, 6, "7"], 2), ([3.0], 0)], ids=str
+)
+def test_ids_are_integers(server: Server, path: str, prompt: Any, position: int) -> None:
+    check_refused(server, path, prompt, ["valid integer", f"{field_of(path)}', {position}"])
+
+
+def check_refused(server: Server, path: str, prompt: Any, named: list[str]) -> None:
     response = requests.post(server.url + path, json=with_prompt(path, prompt), timeout=60)
     assert response.status_code == 400, response.text
-    if prompt == "text" or "valid integer" in named:
-        named = [*named, "tokens" if path == TOKENS else "input_ids"]
     for part in named:
         assert part in response.text
     assert "Traceback" not in server.log_text()[-2000:]
@@ -157,20 +180,36 @@ def test_bounds_of_counts(
 
 
 @default
-@pytest.mark.parametrize("path", [CHAT, TOKENS])
-@pytest.mark.parametrize("kind", ["image_url", "video_url", "audio_url"])
+@pytest.mark.parametrize("path", OWN_PATHS)
+@pytest.mark.parametrize("kind", MEDIA)
 def test_media_is_refused(server: Server, path: str, kind: str) -> None:
     """A processor would decode the ids and tokenize the text again."""
-    media = {"type": kind, kind: {"url": "http://127.0.0.1:1/a"}}
-    parts = [{"type": "text", "text": "What is this?"}, media]
-    user, system = {"role": "user", "content": parts}, {"role": "system", "content": "Be brief."}
-    body = {**with_prompt(path, [5, 6]), "messages": [system, user]}
+    body = with_media(path, kind)
     response = requests.post(server.url + path, json=body, timeout=60)
     assert response.status_code == 400, response.text
     assert kind in response.text and "only with text" in response.text
     # Parts of text are fine.
-    body["messages"] = [system, {"role": "user", "content": parts[:1]}]
+    body["messages"][1]["content"].pop()
     assert post(server, path, body)["prompt_token_ids"] == [5, 6]
+
+
+@pytest.mark.skipif(not STOCK_TAKES_INPUT_IDS, reason="the field is ours")
+@default
+@pytest.mark.parametrize(
+    "body",
+    [
+        with_prompt(CHAT, [5, True, "7", 3.0]),  # type: ignore[list-item]
+        *(with_media(CHAT, kind) for kind in MEDIA),
+    ],
+    ids=["not integers", *MEDIA],
+)
+def test_what_stock_reads_stays(server: Server, servers: ServerPool, body: dict[str, Any]) -> None:
+    asking = post(server, CHAT, body)
+    body = {**body, "return_token_ids": False}
+    ours, stock = post(server, CHAT, body), post(servers.get("stock"), CHAT, body)
+    assert ours["choices"] == stock["choices"] and ours["usage"] == stock["usage"]
+    assert asking["choices"][0]["message"] == stock["choices"][0]["message"]
+    assert asking["prompt_token_ids"] == [int(i) for i in body["input_ids"]]
 
 
 @default

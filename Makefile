@@ -6,7 +6,7 @@
 # make compatibility   make docs/compatibility.md and the table in README.md of the results
 # make status    how much of upstream each series touches, its upstream status
 # make pins      recompute the hashes of pins.toml
-# make port      start the series of a release: FROM=v0.5.9 TO=v0.5.23
+# make port      start the series of a release: FROM=v0.5.15.post1 TO=v0.5.16
 # make upstream-prs   the patches as pull requests to upstream, in dist/upstream
 # make install   put the wheel over the SGLang of an environment [PYTHON=python]
 # make test-vllm rollout clients against this and against vLLM (3.5 GB), after make test
@@ -70,7 +70,7 @@ pins:
 	python3 tools/pins.py
 
 port:
-	python3 tools/port.py --from $(FROM) --to $(TO)
+	python3 tools/port.py $(if $(FROM),--from $(FROM)) $(if $(TO),--to $(TO))
 
 upstream-prs:
 	python3 tools/pull_requests.py

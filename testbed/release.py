@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 with (ROOT / "pins.toml").open("rb") as file:
     PINS = tomllib.load(file)
 UPSTREAM: str = os.environ.get("UPSTREAM") or PINS["default"]
+if UPSTREAM not in PINS["releases"]:
+    sys.exit(f"UPSTREAM={UPSTREAM} is no release of pins.toml: {', '.join(PINS['releases'])}")
 PIN = PINS["releases"][UPSTREAM]
 VERSION: str = PIN["version"]
 LOCAL_VERSION = f"{VERSION}+tokenids.{PIN['revision']}"

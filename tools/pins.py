@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from releases import (
+    ROOT,
     Artefact,
     Release,
     ToolError,
@@ -25,6 +26,7 @@ from releases import (
     run,
     say,
     sha256_of,
+    version_key,
 )
 
 PYTHONS = ("310", "311", "312", "313", "314")
@@ -90,6 +92,22 @@ def section(name: str, wheels: list[Artefact]) -> str:
     lines += ["", f'[releases."{name}".wheels]']
     lines += [f'"{wheel.file}" = "{wheel.sha256}"' for wheel in wheels]
     return "\n".join(lines) + "\n"
+
+
+def add(name: str) -> None:
+    """Add a release to pins.toml, in its place by age.
+
+    Raises:
+        ToolError: If it has no wheels on PyPI.
+    """
+    say(f"looking for the wheels of {name}")
+    added = section(name, find_wheels(name.removeprefix("v")))
+    pins = ROOT / "pins.toml"
+    text = pins.read_text()
+    later = [other for other in release_names() if version_key(other) > version_key(name)]
+    end = text.index(f'[releases."{later[0]}"]') if later else len(text)
+    before, after = text[:end].rstrip("\n"), text[end:]
+    pins.write_text(f"{before}\n\n{added}" + (f"\n{after}" if after else ""))
 
 
 def main() -> int:

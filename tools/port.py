@@ -10,10 +10,11 @@ and `make patch-refresh UPSTREAM=<release>`.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 
-from pins import find_wheels, section
+import pins
 from releases import (
     ROOT,
     Release,
@@ -22,17 +23,8 @@ from releases import (
     load_release,
     release_names,
     run,
-    say,
 )
 from series import committer_environment, start_tree, tree_of
-
-
-def pin(name: str) -> None:
-    """Add a release that has only wheels to pins.toml."""
-    say(f"looking for the wheels of {name}")
-    text = section(name, find_wheels(name.removeprefix("v")))
-    with (ROOT / "pins.toml").open("a") as file:
-        file.write(f"\n{text}")
 
 
 def port(source: Release, target: Release) -> int:
@@ -77,13 +69,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--from", dest="source", required=True, metavar="RELEASE")
-    parser.add_argument("--to", dest="target", required=True, metavar="RELEASE")
+    parser.add_argument("--from", dest="source", metavar="RELEASE")
+    parser.add_argument("--to", dest="target", metavar="RELEASE")
     args = parser.parse_args()
     try:
+        names = ", ".join(release_names())
+        if args.source is None:
+            raise ToolError(f"FROM (--from) names the release to port from: {names}")
+        if args.target is None or not re.fullmatch(r"v\d+\.\d+\.\d+(\.post\d+)?", args.target):
+            raise ToolError(
+                f"TO (--to) names the release to port to by its tag, as in v0.5.24 or "
+                f"v0.5.24.post1, not {args.target or 'nothing'}; pinned are {names}"
+            )
         source = load_release(args.source)
         if args.target not in release_names():
-            pin(args.target)
+            pins.add(args.target)
         target = load_release(args.target)
         left = port(source, target)
         tree = tree_of(target)

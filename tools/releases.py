@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -129,7 +130,8 @@ def load_release(name: str | None) -> Release:
     assert isinstance(releases, dict)
     name = name or str(pins["default"])
     if name not in releases:
-        raise ToolError(f"unknown release {name!r}; known: {', '.join(releases)}")
+        meant = f" (did you mean v{name}?)" if f"v{name}" in releases else ""
+        raise ToolError(f"unknown release {name!r}{meant}; known: {', '.join(releases)}")
     fields = dict(releases[name])
     wheels = tuple(Artefact(file, sha256) for file, sha256 in fields.pop("wheels").items())
     sdist = Artefact(**fields.pop("sdist")) if "sdist" in fields else None
@@ -137,7 +139,13 @@ def load_release(name: str | None) -> Release:
     return Release(name=name, commit=commit, sdist=sdist, wheels=wheels, **fields)
 
 
+def version_key(name: str) -> list[int]:
+    """Return what sorts releases by age: the numbers in the name, e.g. of "v0.5.12.post1"."""
+    return [int(number) for number in re.findall(r"\d+", name)]
+
+
 def release_names() -> list[str]:
+    """Return the pinned releases, oldest first."""
     releases = read_pins()["releases"]
     assert isinstance(releases, dict)
     return list(releases)

@@ -36,7 +36,7 @@ NUM_TOP_LOGPROBS = 2
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # Of a request that is aborted or hung up on, so that it runs when that happens.
 LONG = 2000
-# Stock forgets the states of the choices of a prompt with n, but keeps one for the prompt.
+# For a prompt with n choices, stock keeps n - 1 states for ever.
 STOCK_KEEPS_STATES = (0, 5, 12) <= NUMBER < (0, 5, 23)
 # How long the server may take to notice that clients are gone.
 PATIENCE_S = 30.0
@@ -188,7 +188,7 @@ class Clients:
             self.check(kind, seed, choices, usage)
         except (Wrong, AssertionError, KeyError, OSError, asyncio.IncompleteReadError) as exc:
             raise Wrong(f"{name}, seed {seed}: {type(exc).__name__}: {exc}") from exc
-        self.num_kept += STOCK_KEEPS_STATES and kind.fields.get("n", 1) > 1
+        self.num_kept += STOCK_KEEPS_STATES * (kind.fields.get("n", 1) - 1)
         for choice in choices.values():
             self.num_ids[name] += len(choice.ids)
             self.reasons[f"{kind.end}: {choice.finish_reason}"] += 1

@@ -60,9 +60,9 @@ NOTES = {
         "included."
     ),
     "gpu": (
-        "A stock and a patched server with a real engine on the same card, loaded in alternation by "
-        "8 client processes: a random Qwen2-shaped model of 1.2 B parameters, CUDA graphs on, and "
-        "a word for each token, so that each is a chunk of its own."
+        "A stock and a patched server with a real engine on the same card, loaded in alternation "
+        "by 8 client processes: a random Qwen2-shaped model of 1.2 B parameters, CUDA graphs on, "
+        "and a word for each token, so that each is a chunk of its own."
     ),
 }
 

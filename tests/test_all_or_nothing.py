@@ -66,16 +66,19 @@ def ranks() -> Any:
         yield update
 
 
+@pytest.mark.full
 def test_it_takes_effect_on_all_ranks(ranks: Any) -> None:
     assert ranks() == [(True, "Updated 1 weights.", NEW)] * len(RANKS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rank", RANKS)
 def test_what_is_wrong_on_one_rank_is_wrong_on_all(ranks: Any, rank: int) -> None:
     message = "Weights were not updated: it is missing."
     assert ranks(error_on=rank) == [(False, message, OLD)] * len(RANKS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rank", RANKS)
 def test_what_fails_on_one_rank_is_undone_on_all(ranks: Any, rank: int) -> None:
     reason = "parameter weight could not be loaded: it does not fit"

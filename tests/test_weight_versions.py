@@ -223,6 +223,7 @@ def test_an_update_that_fails_changes_nothing(server: Server, expected: list[int
     assert spans == [{"version": "0", "start": 0, "end": NUM_TOKENS}]
 
 
+@pytest.mark.full
 @weights
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_an_update_between_two_chunks_of_a_prefill(

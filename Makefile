@@ -22,7 +22,7 @@
 # UPSTREAM selects a release of pins.toml, ARGS is passed on. WHEEL_ARGS can name another
 # --python-version and --machine for the releases that have compiled extensions.
 
-UPSTREAM ?= v0.5.9
+UPSTREAM ?= v0.5.15.post1
 PYTHON ?= python
 RELEASE = --release $(UPSTREAM)
 RELEASES = $(notdir $(wildcard patches/v*))

@@ -21,8 +21,7 @@ def copy_project(target: Path) -> Path:
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pins.toml", target)
     (target / "build").mkdir()
-    for name in ("downloads", "venv-build"):
-        (target / "build" / name).symlink_to(ROOT / "build" / name)
+    (target / "build" / "downloads").symlink_to(ROOT / "build" / "downloads")
     return target
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from bench import serving_layer, whole_server
+from bench.common import AGENTCORE_RELEASE
 from testbed.pool import ServerPool
-from testbed.release import PINS, ROOT, UPSTREAM
+from testbed.release import ROOT, UPSTREAM
 
 pytestmark = [
     pytest.mark.full,
     pytest.mark.skipif(
-        UPSTREAM != PINS["default"],
-        reason="the alternatives it measures are for the default release",
+        UPSTREAM != AGENTCORE_RELEASE,
+        reason="the alternatives it measures are for v0.5.9",
     ),
 ]
 

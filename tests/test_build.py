@@ -8,10 +8,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
-import tarfile
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ from testbed.project import (
     series_patches,
     tool,
 )
-from testbed.release import PINS, ROOT, UPSTREAM, WHEEL
+from testbed.release import LOCAL_VERSION, PINS, ROOT, STOCK_WHEEL, UPSTREAM, VERSION, WHEEL
 
 # The test environment of the default release has what they need.
 default_only = pytest.mark.skipif(
@@ -37,49 +39,86 @@ default_only = pytest.mark.skipif(
 
 
 def make_submodule(project: Path) -> Path:
-    """A local repository with the files of the sdist, in place of the submodule.
+    """A local repository with the source in the stock wheel, in place of the submodule.
 
     The git host cannot be reached from everywhere the tests run. What this shows is that
-    the route gives the same wheel when the trees hold the same files.
+    the route gives the same wheel when the trees hold the same files. Upstream's tree has
+    files that its wheel leaves out, and not those that the build of the wheel makes.
     """
     submodule = project / "third_party" / "sglang"
-    submodule.mkdir(parents=True)
-    with tarfile.open(ROOT / "build" / "downloads" / "sglang-0.5.9.tar.gz") as tar:
-        tar.extractall(submodule, filter="data")
-    python = (submodule / "sglang-0.5.9").rename(submodule / "python")
-    for name in ("PKG-INFO", "setup.cfg", "sglang/_version.py"):
-        (python / name).unlink()
-    shutil.rmtree(python / "sglang.egg-info")
-    for name in ("LICENSE", "README.md"):
-        (python / name).rename(submodule / name)
+    with zipfile.ZipFile(ROOT / "build" / "downloads" / STOCK_WHEEL) as wheel:
+        names = [n for n in wheel.namelist() if n.startswith("sglang/") and not n.endswith(".so")]
+        wheel.extractall(submodule / "python", names)
+    (submodule / "python" / "sglang" / "_version.py").unlink()
+    for name in ("LICENSE", "python/pyproject.toml", "python/sglang/left_out.txt"):
+        (submodule / name).write_text("")
     git(submodule, "init", "--quiet")
     git(submodule, "add", "--all", "--force")
-    git(submodule, "commit", "--quiet", "-m", "v0.5.9")
-    head = git(submodule, "rev-parse", "HEAD").strip()
-    pins = project / "pins.toml"
-    edit(pins, "bbe9c7eeb520b0a67e92d133dfc137a3688dc7f2", head)
+    commit_submodule(project, UPSTREAM)
     return submodule
 
 
+def commit_submodule(project: Path, message: str) -> None:
+    """Commit what is staged in the submodule, and pin the default release to it."""
+    submodule = project / "third_party" / "sglang"
+    git(submodule, "commit", "--quiet", "-m", message)
+    pins = tomllib.loads((project / "pins.toml").read_text())
+    commit = pins["releases"][UPSTREAM]["commit"]
+    edit(project / "pins.toml", commit, git(submodule, "rev-parse", "HEAD").strip())
+
+
 @default_only
-def test_submodule_gives_the_same_wheel_as_the_sdist(project: Path, tmp_path: Path) -> None:
+def test_submodule_gives_the_same_wheel_as_the_stock_wheel(project: Path, tmp_path: Path) -> None:
     make_submodule(project)
-    from_submodule = build(project)
+    status, _, err = tool(project, "build")
+    assert status == 0 and "source: the submodule" in err and "differs" not in err, err
     other = copy_project(tmp_path / "other")
     shutil.copy(project / "pins.toml", other)
-    assert from_submodule == build(other)
+    assert (project / "dist" / WHEEL).read_bytes() == build(other)
 
 
 @default_only
-def test_unknown_release(project: Path) -> None:
-    expect_refusal(project, ["v9.9.9", "v0.5.9"], args="--release v9.9.9")
+def test_the_build_says_where_the_submodule_differs(project: Path) -> None:
+    """The wheel has the file of the submodule."""
+    submodule = make_submodule(project)
+    name = "sglang/bench_serving.py"
+    with (submodule / "python" / name).open("a") as file:
+        file.write("# edited\n")
+    git(submodule, "add", "--all")
+    commit_submodule(project, "edit")
+    status, _, err = tool(project, "build")
+    assert status == 0, err
+    assert [line for line in err.splitlines() if "differs" in line] == [
+        f"==> {name} differs from that of {STOCK_WHEEL}"
+    ]
+    with zipfile.ZipFile(project / "dist" / WHEEL) as wheel:
+        assert wheel.read(name) == (submodule / "python" / name).read_bytes()
 
 
 @default_only
-def test_wrong_hash(project: Path) -> None:
-    pinned = "11b1445bfb039c20217783850fda66a71b814391b2cf313f4e6cadc3b9fea41b"
-    edit(project / "pins.toml", pinned, "0" * 64)
-    expect_refusal(project, ["sglang-0.5.9.tar.gz", pinned, "0" * 64])
+def test_submodule_of_another_release(project: Path) -> None:
+    make_submodule(project)
+    status, _, err = tool(project, "build", "--release", "v0.5.9")
+    assert status == 0 and "source: sglang-0.5.9-py3-none-any.whl" in err, err
+
+
+@default_only
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("v9.9.9", []), (VERSION, [f"did you mean {UPSTREAM}?"])],
+    ids=["not pinned", "version in place of tag"],
+)
+def test_unknown_release(project: Path, name: str, words: list[str]) -> None:
+    expect_refusal(project, [f"'{name}'", *words, *PINS["releases"]], args=f"--release {name}")
+
+
+@default_only
+def test_tests_of_an_unknown_release() -> None:
+    command = [PYTHON, "-c", "import testbed.release"]
+    env = {**os.environ, "UPSTREAM": VERSION}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode != 0 and result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in (f"UPSTREAM={VERSION} ", *PINS["releases"]))
 
 
 @default_only
@@ -109,7 +148,7 @@ def test_patch_of_another_release(project: Path) -> None:
     name = f"v0.5.23/{patch_of(project, 'tokenizer-manager', 'v0.5.23').name}"
     series = project / "patches" / UPSTREAM / "series"
     series.write_text(series.read_text() + f"{name}\n")
-    expect_refusal(project, [name, "neither in common/ nor in v0.5.9/"])
+    expect_refusal(project, [name, f"neither in common/ nor in {UPSTREAM}/"])
 
 
 @default_only
@@ -307,8 +346,8 @@ def fake_environment(path: Path, version: str | None) -> Path:
     ("version", "changed", "words"),
     [
         (None, False, ["no sglang"]),
-        ("0.5.10", False, ["0.5.10", "0.5.9"]),
-        ("0.5.9", True, ["local changes", "sglang.py"]),
+        ("0.5.8", False, ["0.5.8", VERSION]),
+        (VERSION, True, ["local changes", "sglang.py"]),
     ],
     ids=["none there", "another release", "local changes"],
 )
@@ -330,7 +369,7 @@ def test_install_refuses(
 def test_install_replaces_stock(project: Path, tmp_path: Path) -> None:
     subprocess.run([PYTHON, "-m", "venv", str(tmp_path / "env")], check=True)
     python = tmp_path / "env" / "bin" / "python"
-    stock = ROOT / "build" / "downloads" / "sglang-0.5.9-py3-none-any.whl"
+    stock = ROOT / "build" / "downloads" / STOCK_WHEEL
     pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, str(stock)], check=True)
     (project / "dist").mkdir()
@@ -339,7 +378,7 @@ def test_install_replaces_stock(project: Path, tmp_path: Path) -> None:
     assert status == 0, out + err
     show = [str(python), "-m", "pip", "show", "sglang"]
     shown = subprocess.run(show, capture_output=True, text=True).stdout
-    assert "Version: 0.5.9+tokenids.1" in shown
+    assert f"Version: {LOCAL_VERSION}\n" in shown
 
 
 @default_only
@@ -371,7 +410,8 @@ def test_status_of_every_release(project: Path) -> None:
         assert len(signed) == row["upstream_lines"]
     status, out, _ = tool(project, "status")
     assert status == 0
-    assert f"{UPSTREAM}: {rows[0]['upstream_lines']} lines in " in out
+    for row in rows:
+        assert f"{row['release']}: {row['upstream_lines']} lines in " in out
 
 
 @default_only
@@ -386,17 +426,39 @@ def test_status_sees_a_module_with_two_sources(project: Path) -> None:
 
 @default_only
 def test_a_port_stops_at_the_first_conflict(project: Path) -> None:
-    command = ["--from", UPSTREAM, "--to", "v0.5.12.post1"]
+    """A release that is not pinned is, in its place among the others."""
+    pins = project / "pins.toml"
+    pinned = pins.read_text()
+    [section] = re.findall(r'(?s)\[releases\."v0.5.10.post1"\]\n.*?\n\n.*?\n\n', pinned)
+    edit(pins, section, "")
+    command = ["--from", UPSTREAM, "--to", "v0.5.10.post1"]
     status, out, err = tool(project, "port", *command)
     assert status == 0, err
-    tree = project / "build" / "v0.5.12.post1" / "tree"
+    assert pins.read_text() == pinned
+    tree = project / "build" / "v0.5.10.post1" / "tree"
     clashes = [line.strip() for line in out.splitlines() if line.startswith("  ")]
     assert "python/sglang/srt/managers/tokenizer_manager.py" in clashes
     assert all("<<<<<<< " in (tree / file).read_text() for file in clashes)
-    assert "make patch-refresh UPSTREAM=v0.5.12.post1" in out
+    assert "make patch-refresh UPSTREAM=v0.5.10.post1" in out
     # Nothing that is there is overwritten.
     status, _, err = tool(project, "port", *command)
     assert status == 1 and "exists" in err
+
+
+@default_only
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--to v0.5.24", ["FROM", *PINS["releases"]]),
+        (f"--from {UPSTREAM}", ["TO", "not nothing", *PINS["releases"]]),
+        (f"--from {UPSTREAM} --to 0.5.24", ["TO", "not 0.5.24", "v0.5.24"]),
+        (f"--from {VERSION} --to v0.5.24", [f"'{VERSION}'", f"did you mean {UPSTREAM}?"]),
+    ],
+    ids=["from nothing", "to nothing", "to a version", "from a version"],
+)
+def test_a_port_that_is_not_told_what_to_port(project: Path, args: str, words: list[str]) -> None:
+    expect_refusal(project, words, name="port", args=args)
+    assert (project / "pins.toml").read_bytes() == (ROOT / "pins.toml").read_bytes()
 
 
 @default_only

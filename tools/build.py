@@ -1,9 +1,8 @@
 """Build the patched wheel of a release.
 
-Pristine source, the series, upstream's own PEP 517 build, and then a wheel written with
-fixed order, times and modes, so that the same inputs give the same bytes anywhere. For a
-release that has only wheels, with compiled extensions inside, the patched files go into
-the stock wheel instead of being built.
+The stock wheel, with upstream's source and the series in place of its Python files, written
+in a fixed order with fixed times and modes, so that the same inputs give the same bytes
+anywhere. The source is the submodule if that is checked out, and else what the wheel has.
 """
 
 from __future__ import annotations
@@ -16,34 +15,27 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
-import venv
 import zipfile
 from pathlib import Path
 
 from releases import (
-    BUILD,
     DIST,
-    Artefact,
     Release,
     ToolError,
-    build_requirements,
     extract_source,
     fetch,
-    git_environment,
+    is_source,
     load_release,
-    run,
     say,
     sha256_of,
 )
-from series import Patch, apply_series, make_repository
+from series import Patch, apply_series, read_series, sha256_of_series
 
 # The earliest time that a zip archive can hold.
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
-SOURCE_DATE_EPOCH = "315532800"
 
 NOTICE = """\
 This is SGLang {version}, a modified version of SGLang {upstream}, {source},
@@ -61,48 +53,13 @@ and change or add these files:
 """
 
 
-def build_environment() -> Path:
-    """Return the Python of an environment with the pinned build requirements."""
-    env = BUILD / "venv-build"
-    python = env / "bin" / "python"
-    stamp = env / "stamp"
-    requirements = build_requirements()
-    wanted = "\n".join([sys.version, *requirements])
-    if not (stamp.exists() and stamp.read_text() == wanted):
-        say(f"installing {', '.join(requirements)}")
-        shutil.rmtree(env, ignore_errors=True)
-        venv.create(env, with_pip=True, symlinks=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
-        run([*command, "--disable-pip-version-check", *requirements])
-        stamp.write_text(wanted)
-    return python
-
-
-def build_upstream_wheel(release: Release, tree: Path, target: Path) -> Path:
-    """Run upstream's build of a tree and return the wheel."""
-    python = build_environment()
-    # setuptools-scm lists the files of the package with git.
-    make_repository(tree)
-    env = git_environment(isolated_below=tree.parent)
-    env |= {
-        "SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SGLANG": release.local_version,
-        "SOURCE_DATE_EPOCH": SOURCE_DATE_EPOCH,
-        "PYTHONHASHSEED": "0",
-    }
-    say("building the wheel")
-    command = [str(python), "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    command += ["--disable-pip-version-check", "--no-index", f"--wheel-dir={target}", "."]
-    run(command, cwd=tree / "python", env=env)
-    [wheel] = target.glob("*.whl")
-    return wheel
-
-
 def manifest_of(release: Release, patches: list[Patch]) -> dict[str, object]:
     """Return what `python -m sglang.patches --json` prints."""
     return {
         "release": release.name,
         "version": release.local_version,
         "upstream_commit": release.commit,
+        "series_sha256": sha256_of_series(patches),
         "series": [
             {
                 "file": patch.name,
@@ -175,17 +132,36 @@ def read_wheel(path: Path) -> dict[str, bytes]:
         return {i.filename: archive.read(i) for i in archive.infolist() if not i.is_dir()}
 
 
-def patch_stock_wheel(
-    release: Release, stock: Artefact, tree: Path, patches: list[Patch]
-) -> dict[str, bytes]:
-    """Return the files of a stock wheel with those of the series and the version replaced."""
-    entries = read_wheel(fetch(release, stock))
-    for file in packaged_files(patches):
-        path = tree / "python" / file
+def replace_source(entries: dict[str, bytes], tree: Path, patches: list[Patch]) -> None:
+    """Put the patched tree in place of the source in a wheel.
+
+    What the wheel alone has stays (compiled extensions, generated files), and what the tree
+    alone has is upstream's to leave out, unless it is of the series.
+    """
+    for name in filter(is_source, list(entries)):
+        path = tree / "python" / name
         if path.exists():
-            entries[file] = path.read_bytes()
+            entries[name] = path.read_bytes()
+    for name in packaged_files(patches):
+        path = tree / "python" / name
+        if path.exists():
+            entries[name] = path.read_bytes()
         else:
-            del entries[file]
+            del entries[name]
+
+
+def differing_files(entries: dict[str, bytes], tree: Path) -> list[str]:
+    """Return the source files that both a wheel and a tree have and that differ."""
+    return [
+        name
+        for name in filter(is_source, sorted(entries))
+        if (tree / "python" / name).exists()
+        and (tree / "python" / name).read_bytes() != entries[name]
+    ]
+
+
+def with_local_version(entries: dict[str, bytes], release: Release) -> dict[str, bytes]:
+    """Return the files of a wheel with the version of our build, and the names that have it."""
     old, new = (f"sglang-{v}.dist-info/" for v in (release.version, release.local_version))
     entries = {n.replace(old, new, 1) if n.startswith(old) else n: entries[n] for n in entries}
     for name in (f"{new}METADATA", "sglang/_version.py"):
@@ -198,8 +174,12 @@ def with_version(text: str, release: Release) -> str:
     """Return the text of METADATA or _version.py with the version of our build."""
     own = re.escape(release.version)
     text = re.sub(rf"(?m)^(Version: ){own}$", rf"\g<1>{release.local_version}", text, count=1)
-    return re.sub(
+    text = re.sub(
         r"(?m)^(__version__ = version = ')[^']+(')$", rf"\g<1>{release.local_version}\g<2>", text
+    )
+    local = release.local_version.partition("+")[2]
+    return re.sub(
+        r"(?m)^(__version_tuple__ = version_tuple = \(.+)\)$", rf"\g<1>, '{local}')", text
     )
 
 
@@ -209,22 +189,20 @@ def build(release: Release, python: str | None = None, machine: str | None = Non
     wheel = release.built_wheel(python, machine)
     # A wheel of an earlier series must not be taken for that of this one.
     wheel.unlink(missing_ok=True)
+    entries = read_wheel(fetch(release, stock))
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        extract_source(release, scratch / "source")
-        patches = apply_series(release, scratch / "source")
-        if release.sdist is None:
-            entries = patch_stock_wheel(release, stock, scratch / "source", patches)
-        else:
-            built = build_upstream_wheel(release, scratch / "source", scratch / "wheel")
-            if built.name != wheel.name:
-                raise ToolError(f"the build gave {built.name} instead of {wheel.name}")
-            entries = read_wheel(built)
-        info = f"sglang-{release.local_version}.dist-info"
-        manifest = json.dumps(manifest_of(release, patches), indent=2) + "\n"
-        entries["sglang/PATCHES.json"] = manifest.encode()
-        entries[f"{info}/licenses/NOTICE"] = notice_of(release, patches).encode()
-        write_wheel(wheel, entries)
+        tree = Path(folder) / "source"
+        extract_source(release, tree)
+        for name in differing_files(entries, tree):
+            say(f"{name} differs from that of {stock.file}")
+        patches = apply_series(release, tree)
+        replace_source(entries, tree, patches)
+    entries = with_local_version(entries, release)
+    info = f"sglang-{release.local_version}.dist-info"
+    manifest = json.dumps(manifest_of(release, patches), indent=2) + "\n"
+    entries["sglang/PATCHES.json"] = manifest.encode()
+    entries[f"{info}/licenses/NOTICE"] = notice_of(release, patches).encode()
+    write_wheel(wheel, entries)
     return wheel
 
 
@@ -236,13 +214,15 @@ def main() -> int:
     args = parser.parse_args()
     start = time.monotonic()
     try:
-        wheel = build(load_release(args.release), args.python_version, args.machine)
+        release = load_release(args.release)
+        wheel = build(release, args.python_version, args.machine)
+        series = sha256_of_series(read_series(release))
     except ToolError as e:
         print(f"build: {e}", file=sys.stderr)
         return 1
     say(f"done in {time.monotonic() - start:.0f} s")
     name = wheel.relative_to(DIST.parent)
-    print(f"wheel    {name}\nsha256   {sha256_of(wheel)}")
+    print(f"wheel    {name}\nsha256   {sha256_of(wheel)}\nseries   {series[:12]}")
     print(f"install  pip install --no-deps --force-reinstall {name}")
     return 0
 

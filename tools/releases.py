@@ -20,8 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 DIST = ROOT / "dist"
 PATCHES = ROOT / "patches"
-# Files that upstream's release copies from the root of its tree into `python/`.
-ROOT_FILES = ("LICENSE", "README.md")
 
 
 class ToolError(Exception):
@@ -51,7 +49,6 @@ class Release:
         version: The version on PyPI, e.g. "0.5.9".
         revision: The number of our build, counted from 1.
         commit: The commit of the tag, None if it is not known.
-        sdist: The source, None for a release that has only wheels.
         wheels: The stock wheels: one for all, or one for each Python and machine.
     """
 
@@ -59,7 +56,6 @@ class Release:
     version: str
     revision: int
     commit: str | None
-    sdist: Artefact | None
     wheels: tuple[Artefact, ...]
 
     @property
@@ -113,12 +109,6 @@ def read_pins() -> dict[str, object]:
         return tomllib.load(file)
 
 
-def build_requirements() -> list[str]:
-    build = read_pins()["build"]
-    assert isinstance(build, dict)
-    return list(build["requires"])
-
-
 def load_release(name: str | None) -> Release:
     """Return a pinned release, the default one for None.
 
@@ -134,9 +124,8 @@ def load_release(name: str | None) -> Release:
         raise ToolError(f"unknown release {name!r}{meant}; known: {', '.join(releases)}")
     fields = dict(releases[name])
     wheels = tuple(Artefact(file, sha256) for file, sha256 in fields.pop("wheels").items())
-    sdist = Artefact(**fields.pop("sdist")) if "sdist" in fields else None
     commit = fields.pop("commit", None)
-    return Release(name=name, commit=commit, sdist=sdist, wheels=wheels, **fields)
+    return Release(name=name, commit=commit, wheels=wheels, **fields)
 
 
 def version_key(name: str) -> list[int]:
@@ -213,13 +202,11 @@ def fetch(release: Release, artefact: Artefact) -> Path:
     path = BUILD / "downloads" / artefact.file
     if not path.exists():
         say(f"downloading {artefact.file}")
-        kind = ["--no-binary=sglang"]
-        if artefact.file.endswith(".whl"):
-            kind = ["--only-binary=:all:"]
-            python, abi, platform_ = artefact.tags
-            if platform_ != "any":
-                kind += [f"--python-version={python.removeprefix('cp')}", "--implementation=cp"]
-                kind += [f"--abi={abi}", f"--platform={platform_}"]
+        kind = ["--only-binary=:all:"]
+        python, abi, platform_ = artefact.tags
+        if platform_ != "any":
+            kind += [f"--python-version={python.removeprefix('cp')}", "--implementation=cp"]
+            kind += [f"--abi={abi}", f"--platform={platform_}"]
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             requirement = f"sglang=={release.version}"
@@ -242,11 +229,13 @@ def submodule_path() -> Path:
     return ROOT / str(upstream["submodule"])
 
 
-def submodule_is_checked_out(release: Release) -> bool:
+def has_submodule(release: Release) -> bool:
     """Return whether the submodule holds the source of the release.
 
+    It is pinned to the default release. Another one's commit may be checked out there.
+
     Raises:
-        ToolError: If it is at another commit or has changes.
+        ToolError: If it is not at the commit of the default release, or has changes.
     """
     path = submodule_path()
     if not (path / ".git").exists():
@@ -254,6 +243,8 @@ def submodule_is_checked_out(release: Release) -> bool:
     env = git_environment()
     head = run(["git", "rev-parse", "HEAD"], cwd=path, env=env).strip()
     if head != release.commit:
+        if release.name != read_pins()["default"]:
+            return False
         raise ToolError(
             f"the submodule {path.relative_to(ROOT)} is at {head}, but {release.name} is "
             f"{release.commit}: run `git submodule update` or `git submodule deinit` it"
@@ -267,19 +258,26 @@ def submodule_is_checked_out(release: Release) -> bool:
 
 
 def extract_source(release: Release, target: Path) -> None:
-    """Put upstream's pristine `python/` folder into `target`, which must be new.
+    """Put upstream's pristine `python/sglang/` into `target`, which must be new.
 
-    The source is the submodule where the release has an sdist and the submodule is
-    checked out, and the sdist otherwise; both give the same files. For a release that
-    has only wheels it is the package of a stock wheel.
+    It comes from the submodule if that holds the release, and from its stock wheel if not.
     """
     target.mkdir(parents=True)
-    if release.sdist is None:
-        extract_package(release, target)
-    elif submodule_is_checked_out(release):
+    if has_submodule(release):
         extract_submodule(release, target)
     else:
-        extract_sdist(fetch(release, release.sdist), target)
+        extract_package(release, target)
+
+
+def extract_submodule(release: Release, target: Path) -> None:
+    assert release.commit is not None
+    say(f"source: the submodule at {release.commit[:12]}")
+    archive = target / "source.tar"
+    command = ["git", "archive", "--format=tar", f"--output={archive}", release.commit]
+    run([*command, "python/sglang"], cwd=submodule_path(), env=git_environment())
+    with tarfile.open(archive) as tar:
+        tar.extractall(target, filter="data")
+    archive.unlink()
 
 
 def extract_package(release: Release, target: Path) -> None:
@@ -291,38 +289,10 @@ def extract_package(release: Release, target: Path) -> None:
     path = fetch(release, stock)
     say(f"source: {stock.file}")
     with zipfile.ZipFile(path) as archive:
-        names = [n for n in archive.namelist() if n.startswith("sglang/") and is_source(n)]
+        names = [name for name in archive.namelist() if is_source(name)]
         archive.extractall(target / "python", names)
 
 
 def is_source(name: str) -> bool:
-    return not name.endswith((".so", "/"))
-
-
-def extract_submodule(release: Release, target: Path) -> None:
-    assert release.commit is not None
-    say(f"source: the submodule at {release.commit[:12]}")
-    archive = target / "source.tar"
-    run(
-        ["git", "archive", "--format=tar", f"--output={archive}", release.commit]
-        + ["python", *ROOT_FILES],
-        cwd=submodule_path(),
-        env=git_environment(),
-    )
-    with tarfile.open(archive) as tar:
-        tar.extractall(target, filter="data")
-    archive.unlink()
-    for name in ROOT_FILES:
-        (target / name).replace(target / "python" / name)
-
-
-def extract_sdist(path: Path, target: Path) -> None:
-    say(f"source: {path.name}")
-    with tarfile.open(path) as tar:
-        tar.extractall(target, filter="data")
-    python = target / "python"
-    (target / path.name.removesuffix(".tar.gz")).rename(python)
-    # Written by the build of the sdist; not in upstream's tree.
-    for name in ("PKG-INFO", "setup.cfg", "sglang/_version.py"):
-        (python / name).unlink()
-    shutil.rmtree(python / "sglang.egg-info")
+    """Return whether a file of a wheel is upstream's source, or could be."""
+    return name.startswith("sglang/") and not name.endswith((".so", "/"))

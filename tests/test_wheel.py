@@ -66,6 +66,10 @@ def test_record_is_right() -> None:
 def test_the_installed_wheel_says_what_it_is() -> None:
     command = [sys.executable, "-m", "sglang.patches"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # As anyone can compute it.
+    compute = f"cd patches && cat $(cat {UPSTREAM}/series) | sha256sum"
+    digest = subprocess.run(compute, shell=True, cwd=ROOT, capture_output=True, text=True).stdout
+    assert listing.splitlines()[0].endswith(f"patches, series {digest[:12]}")
     for patch in series_patches(ROOT):
         assert f"  {patch.parent.name}/{patch.name}  " in listing
         assert hashlib.sha256(patch.read_bytes()).hexdigest()[:16] in listing

@@ -8,7 +8,7 @@
 # make pins      recompute the hashes of pins.toml
 # make port      start the series of a release: FROM=v0.5.15.post1 TO=v0.5.16
 # make upstream-prs   the patches as pull requests to upstream, in dist/upstream
-# make install   put the wheel over the SGLang of an environment [PYTHON=python]
+# make install   put the wheel over the SGLang of an environment [PYTHON=python]; make uninstall undoes it
 # make test-vllm rollout clients against this and against vLLM (3.5 GB), after make test
 # make apply     put the series on a source tree in place: TREE=path [UPSTREAM=], make unapply TREE=
 # make verify    check a model, or a running server: MODEL=path [ARGS="--url http://..."]
@@ -76,7 +76,10 @@ upstream-prs:
 	python3 tools/pull_requests.py
 
 install:
-	python3 tools/install.py $(RELEASE) --python $(PYTHON)
+	python3 tools/install.py $(RELEASE) --python $(PYTHON) $(ARGS)
+
+uninstall:
+	python3 tools/install.py --undo --python $(PYTHON)
 
 apply:
 	python3 tools/apply.py $(if $(filter-out file,$(origin UPSTREAM)),$(RELEASE)) $(TREE)
@@ -128,5 +131,5 @@ patch-refresh:
 clean:
 	rm -rf build dist
 
-.PHONY: wheel wheel-all upstream-prs test test-full test-all compatibility test-vllm check check-all status pins port install apply unapply verify lint mutants bench bench-vllm bench-report patch-tree patch-new \
+.PHONY: wheel wheel-all upstream-prs test test-full test-all compatibility test-vllm check check-all status pins port install uninstall apply unapply verify lint mutants bench bench-vllm bench-report patch-tree patch-new \
 	patch-refresh clean

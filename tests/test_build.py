@@ -376,9 +376,91 @@ def test_install_replaces_stock(project: Path, tmp_path: Path) -> None:
     shutil.copy(ROOT / "dist" / WHEEL, project / "dist")
     status, out, err = tool(project, "install", "--python", str(python))
     assert status == 0, out + err
-    show = [str(python), "-m", "pip", "show", "sglang"]
-    shown = subprocess.run(show, capture_output=True, text=True).stdout
-    assert f"Version: {LOCAL_VERSION}\n" in shown
+    assert f"undo: make uninstall PYTHON={python}" in out
+    assert version_in(python) == LOCAL_VERSION
+    status, out, err = tool(project, "install", "--undo", "--python", str(python))
+    assert status == 0, out + err
+    assert version_in(python) == VERSION
+    status, _, err = tool(project, "install", "--undo", "--python", str(python))
+    assert status == 1 and f"is {VERSION}, not patched" in err
+
+
+def version_in(python: Path) -> str:
+    code = "import importlib.metadata as m; print(m.version('sglang'))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
+def editable_environment(path: Path, tree: Path) -> Path:
+    """An environment without pip, with SGLang as `pip install -e TREE/python` leaves it."""
+    subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(path)], check=True)
+    [site] = (path / "lib").glob("python*/site-packages")
+    info = site / f"sglang-{VERSION}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {VERSION}\n")
+    url = {"url": (tree / "python").as_uri(), "dir_info": {"editable": True}}
+    (info / "direct_url.json").write_text(json.dumps(url))
+    (site / "__editable__.sglang.pth").write_text(f"{tree / 'python'}\n")
+    files = ["METADATA", "direct_url.json", "RECORD"]
+    record = [f"sglang-{VERSION}.dist-info/{file},," for file in files]
+    (info / "RECORD").write_text("\n".join([*record, "__editable__.sglang.pth,,"]) + "\n")
+    return path / "bin" / "python"
+
+
+@pytest.fixture
+def editable(project: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """An environment with an editable install, and its tree."""
+    tree = tmp_path / "sglang tree"
+    (tree / "python").mkdir(parents=True)
+    with zipfile.ZipFile(ROOT / "build" / "downloads" / STOCK_WHEEL) as archive:
+        names = [name for name in archive.namelist() if name.startswith("sglang/")]
+        archive.extractall(tree / "python", names)
+    (project / "dist").mkdir()
+    shutil.copy(ROOT / "dist" / WHEEL, project / "dist")
+    return editable_environment(tmp_path / "env", tree), tree
+
+
+@default_only
+def test_install_names_the_way_for_an_editable_install(
+    project: Path, editable: tuple[Path, Path]
+) -> None:
+    python, tree = editable
+    status, _, err = tool(project, "install", "--python", str(python))
+    assert status == 1 and err.count("\n") == 1
+    assert f"`make apply TREE='{tree}'`" in err
+    assert f"`make install PYTHON={python} ARGS=--replace`" in err
+    status, out, err = tool(project, "install", "--python", str(python), "--in-place")
+    assert status == 0, err
+    assert f"undo: make unapply TREE='{tree}'" in out
+    assert (tree / "python" / "sglang" / "PATCHES.json").exists()
+    status, _, err = tool(project, "install", "--undo", "--python", str(python))
+    assert status == 1 and f"`make unapply TREE='{tree}'`" in err
+
+
+@default_only
+def test_the_wheel_replaces_only_a_clean_tree(
+    project: Path, tmp_path: Path, editable: tuple[Path, Path]
+) -> None:
+    """And by uv, where there is no pip."""
+    python, tree = editable
+    command = ["--python", str(python), "--replace"]
+    for file in ("srt/managers/tokenizer_manager.py", "srt/managers/template_manager.py"):
+        path = tree / "python" / "sglang" / file
+        content = path.read_bytes()
+        path.write_bytes(content + b"# a patch of another project\n")
+        status, _, err = tool(project, "install", *command)
+        assert status == 1 and f"{path} is not as in {UPSTREAM}" in err
+        path.write_bytes(content)
+    bin = path_with(tmp_path / "bin", "sh", "git")
+    status, _, err = tool(project, "install", *command, path=bin)
+    assert status == 1 and "no pip, and uv is not on PATH" in err
+    called = tmp_path / "called"
+    uv = Path(bin) / "uv"
+    uv.write_text(f'#!/bin/sh\necho "$@" > "{called}"\n')
+    uv.chmod(0o755)
+    status, out, err = tool(project, "install", *command, path=bin)
+    assert status == 0, err
+    assert f"--python {python} " in called.read_text() and WHEEL in called.read_text()
+    assert f"undo: {python} -m pip install --no-deps -e '{tree / 'python'}'" in out
 
 
 @default_only

@@ -88,14 +88,20 @@ def stated_version(tree: Tree) -> str | None:
     return None
 
 
-def untouched_files(tree: Tree, release: Release) -> int:
-    """Return how many of the files that the series changes are as in the release."""
+def pristine_blobs(release: Release) -> dict[str, str]:
+    """Return upstream's files that the series changes, with git's name of what they are before."""
     expected: dict[str, str] = {}
     index = re.compile(r"^diff --git a/(\S+) b/\S+\nindex ([0-9a-f]{40})\.\.", re.MULTILINE)
     for patch in read_series(release):
         for file, blob in index.findall(patch.path.read_text()):
             expected.setdefault(file, blob)
-    return sum(blob_of(tree.path_of(file)) == blob for file, blob in expected.items())
+    return expected
+
+
+def untouched_files(tree: Tree, release: Release) -> int:
+    """Return how many of the files that the series changes are as in the release."""
+    blobs = pristine_blobs(release).items()
+    return sum(blob_of(tree.path_of(file)) == blob for file, blob in blobs)
 
 
 def blob_of(path: Path) -> str | None:

@@ -63,7 +63,7 @@ STOCK_TAKES_INPUT_IDS = NUMBER >= (0, 5, 15)
 # Whether scheduler and tokenizer manager track the versions of weights by themselves.
 STOCK_TRACKS_VERSIONS = NUMBER >= (0, 5, 20)
 # Between them an update that flushes the cache ends the server if a request is waiting.
-FLUSHES_WHILE_REQUESTS_WAIT = NUMBER < (0, 5, 12) or NUMBER >= (0, 5, 23)
+FLUSHES_WHILE_REQUESTS_WAIT = NUMBER < (0, 5, 10) or NUMBER >= (0, 5, 23)
 CRASH_DUMPS = ROOT / "build" / "crash-dumps" / UPSTREAM
 
 TRAINER_ROUTES = ("--enable-trainer-routes",) if "/trainer-routes-" in SERIES else ()

@@ -385,7 +385,7 @@ MUTANTS: dict[str, Mutant] = {
     "version-of-a-last-output": Mutant(
         "C1",
         WEIGHT_VERSIONS,
-        "state.weight_versions.settle(server_args.weight_version)",
+        "state.weight_versions.settle(version_before)",
         "pass",
         [TEST_WEIGHT_VERSIONS, "-k", "overtaken"],
     ),

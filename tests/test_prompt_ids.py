@@ -204,11 +204,20 @@ def test_media_is_refused(server: Server, path: str, kind: str) -> None:
     ids=["not integers", *MEDIA],
 )
 def test_what_stock_reads_stays(server: Server, servers: ServerPool, body: dict[str, Any]) -> None:
+    plain = {**body, "return_token_ids": False}
+    ours, stock = (
+        requests.post(each.url + CHAT, json=plain, timeout=60)
+        for each in (server, servers.get("stock"))
+    )
+    assert ours.status_code == stock.status_code
+    if not stock.ok:
+        # A model of text alone gets no media in later releases.
+        assert ours.json() == stock.json()
+        return
+    expected = stock.json()["choices"]
+    assert ours.json()["choices"] == expected
     asking = post(server, CHAT, body)
-    body = {**body, "return_token_ids": False}
-    ours, stock = post(server, CHAT, body), post(servers.get("stock"), CHAT, body)
-    assert ours["choices"] == stock["choices"] and ours["usage"] == stock["usage"]
-    assert asking["choices"][0]["message"] == stock["choices"][0]["message"]
+    assert asking["choices"][0]["message"] == expected[0]["message"]
     assert asking["prompt_token_ids"] == [int(i) for i in body["input_ids"]]
 
 

@@ -272,10 +272,14 @@ class Engine:
         )
         self.manager: Any = SimpleNamespace(
             server_args=SimpleNamespace(weight_version="0"),
+            _update_weight_version_if_provided=self.set_label,
             rid_to_state={},
             _result_dispatcher=TypeBasedDispatcher([]),
         )
         watch_weight_updates(self.manager)
+
+    def set_label(self, version: str) -> None:
+        self.manager.server_args.weight_version = version
 
     def send(self, message: Any) -> None:
         """As it goes through the socket."""

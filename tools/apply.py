@@ -199,7 +199,7 @@ def first_difference(hunk: Hunk, text: list[str]) -> tuple[str, str | None]:
     start = max(0, best - 2)
     window = text[start : best + size + 4]
     blocks = difflib.SequenceMatcher(None, hunk.lines, window, autojunk=False).get_opcodes()
-    for number, (tag, a, _, b, end) in enumerate(blocks):
+    for number, (tag, a, a_end, b, end) in enumerate(blocks):
         if tag == "equal" or (tag == "insert" and number in (0, len(blocks) - 1)):
             continue
         if tag == "insert":
@@ -207,6 +207,11 @@ def first_difference(hunk: Hunk, text: list[str]) -> tuple[str, str | None]:
         expected = hunk.lines[a].strip()
         if tag == "delete":
             return f"{expected!r} is not there, before line {start + b + 1}", None
+        # The window is wider than the hunk at both ends.
+        if number == 0:
+            b = max(b, end - (a_end - a))
+        elif number == len(blocks) - 1:
+            end = min(end, b + (a_end - a))
         found = max(range(b, end), key=lambda i: likeness(window[i], hunk.lines[a]))
         line = window[found]
         return f"line {start + found + 1} is {line.strip()!r} instead of {expected!r}", line

@@ -14,18 +14,14 @@ from pathlib import Path
 
 import pytest
 
+import build
 from testbed.project import git, series_patches, tool
 from testbed.release import LOCAL_VERSION, ROOT, STOCK_WHEEL, UPSTREAM, WHEEL
 
 STOCK = ROOT / "build" / "downloads" / STOCK_WHEEL
+read_wheel = functools.cache(build.read_wheel)
 # A line of the stand-in for another project's patches.
 ANOTHER = "# another patch"
-
-
-@functools.cache
-def read_wheel(path: Path) -> dict[str, bytes]:
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist() if name[-1] != "/"}
 
 
 def make_tree(root: Path, layout: str, whole: bool = False) -> Path:

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -27,12 +26,19 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from releases import Release, ToolError, git_environment, load_release, release_names, run
+from releases import (
+    Release,
+    ToolError,
+    git_environment,
+    load_release,
+    release_names,
+    release_of_version,
+    run,
+)
 from series import Patch, make_repository, read_diff, read_series
 
-from build import manifest_of, with_version
+from build import MANIFEST, manifest_of, with_version
 
-MANIFEST = "PATCHES.json"
 DIFF = "PATCHES.diff"
 VERSION = "_version.py"
 # As setuptools-scm writes it.
@@ -136,9 +142,8 @@ def release_of(tree: Tree, name: str | None) -> Release:
     known = f"there are series for {', '.join(release.name for release in releases)}"
     version = stated_version(tree)
     if version is not None:
-        for release in releases:
-            if release.version == version:
-                return release
+        if release := release_of_version(version):
+            return release
         raise ToolError(f"{tree.root} is SGLang {version}; {known} (UPSTREAM= names one to try)")
     fitting = [release for release in releases if fits(tree, release)] or releases
     counts = [untouched_files(tree, release) for release in fitting]
@@ -396,8 +401,7 @@ def apply(root: Path, name: str | None = None) -> tuple[Release, int]:
     release = release_of(tree, name)
     patches = read_series(release)
     contents = rehearse(tree, release, patches)
-    manifest = json.dumps(manifest_of(release, patches), indent=2) + "\n"
-    put_all({**contents, tree.package / MANIFEST: manifest.encode()})
+    put_all({**contents, tree.package / MANIFEST: manifest_of(release, patches)})
     return release, len(contents) - 1
 
 

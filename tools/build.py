@@ -34,6 +34,8 @@ from releases import (
 )
 from series import Patch, apply_series, read_series, sha256_of_series
 
+# In the package, what `python -m sglang.patches` prints.
+MANIFEST = "PATCHES.json"
 # The earliest time that a zip archive can hold.
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
@@ -53,9 +55,9 @@ and change or add these files:
 """
 
 
-def manifest_of(release: Release, patches: list[Patch]) -> dict[str, object]:
-    """Return what `python -m sglang.patches --json` prints."""
-    return {
+def manifest_of(release: Release, patches: list[Patch]) -> bytes:
+    """Return the content of the manifest."""
+    manifest = {
         "release": release.name,
         "version": release.local_version,
         "upstream_commit": release.commit,
@@ -71,6 +73,7 @@ def manifest_of(release: Release, patches: list[Patch]) -> dict[str, object]:
         ],
         "files": packaged_files(patches),
     }
+    return (json.dumps(manifest, indent=2) + "\n").encode()
 
 
 def packaged_files(patches: list[Patch]) -> list[str]:
@@ -199,8 +202,7 @@ def build(release: Release, python: str | None = None, machine: str | None = Non
         replace_source(entries, tree, patches)
     entries = with_local_version(entries, release)
     info = f"sglang-{release.local_version}.dist-info"
-    manifest = json.dumps(manifest_of(release, patches), indent=2) + "\n"
-    entries["sglang/PATCHES.json"] = manifest.encode()
+    entries[f"sglang/{MANIFEST}"] = manifest_of(release, patches)
     entries[f"{info}/licenses/NOTICE"] = notice_of(release, patches).encode()
     write_wheel(wheel, entries)
     return wheel

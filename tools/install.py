@@ -19,8 +19,10 @@ import zipfile
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from apply import apply, blob_of, find_tree, pristine_blobs
-from releases import ROOT, Release, ToolError, fetch, load_release, release_names, run, say
+from apply import DIFF, VERSION, apply, blob_of, find_tree, pristine_blobs
+from releases import ROOT, Release, ToolError, fetch, load_release, release_of_version, run, say
+
+from build import MANIFEST
 
 # Runs in the other environment: says which SGLang is there and what was changed in it.
 INSPECT = """
@@ -115,7 +117,7 @@ def inspect(python: str) -> Installed:
 
 def check_replaceable(installed: Installed) -> None:
     """Raise a ToolError if the files of a wheel have been changed."""
-    if (installed.site / "sglang" / "PATCHES.diff").exists():
+    if (installed.site / "sglang" / DIFF).exists():
         raise ToolError(
             f"the series is on the sglang of {installed.python} in place: "
             f"run `make unapply TREE={installed.site}` first"
@@ -135,16 +137,13 @@ def check_tree(installed: Installed, release: Release, wheel: Path) -> None:
         if status:
             raise ToolError(f"{tree.root} is not clean: {status.splitlines()[0].strip()}")
     with zipfile.ZipFile(wheel) as archive:
-        ours = json.loads(archive.read("sglang/PATCHES.json"))["files"]
+        ours = json.loads(archive.read(f"sglang/{MANIFEST}"))["files"]
         pristine = pristine_blobs(release)
         for name in archive.namelist():
-            path = tree.path_of(f"python/{name}")
-            if (
-                not name.startswith("sglang/")
-                or not name.endswith(".py")
-                or name.endswith("/_version.py")
-            ):
+            is_python = name.startswith("sglang/") and name.endswith(".py")
+            if not is_python or name.endswith(f"/{VERSION}"):
                 continue
+            path = tree.path_of(f"python/{name}")
             if name not in ours:
                 same = path.is_file() and path.read_bytes() == archive.read(name)
             else:
@@ -198,12 +197,10 @@ def stock_wheel_for(installed: Installed) -> Path:
     if not local.startswith("tokenids."):
         raise ToolError(f"the sglang of {installed.python} is {installed.version}, not patched")
     check_replaceable(installed)
-    for name in release_names():
-        release = load_release(name)
-        if release.version == version:
-            stock = release.stock_wheel(installed.python_version, installed.machine)
-            return fetch(release, stock)
-    raise ToolError(f"pins.toml has no release {version}")
+    release = release_of_version(version)
+    if release is None:
+        raise ToolError(f"pins.toml has no release {version}")
+    return fetch(release, release.stock_wheel(installed.python_version, installed.machine))
 
 
 def put_wheel(installed: Installed, wheel: Path) -> None:

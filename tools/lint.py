@@ -167,9 +167,9 @@ def main() -> int:
     # A file of ours is the same in all releases.
     owned: dict[str, set[str]] = {name: set() for name in names}
     for patch, releases in releases_that_list().items():
-        first = [name for name in names if name in releases][:1]
-        for name in first:
-            owned[name].add(patch)
+        first = next((name for name in names if name in releases), None)
+        if first is not None:
+            owned[first].add(patch)
     found: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:

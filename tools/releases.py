@@ -140,6 +140,12 @@ def release_names() -> list[str]:
     return list(releases)
 
 
+def release_of_version(version: str) -> Release | None:
+    """Return the pinned release of a version on PyPI, None if there is none."""
+    releases = map(load_release, release_names())
+    return next((release for release in releases if release.version == version), None)
+
+
 def say(line: str) -> None:
     """Print a line of progress."""
     print(f"==> {line}", file=sys.stderr, flush=True)

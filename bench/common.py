@@ -27,13 +27,6 @@ AGENTCORE = (
 )
 PATCHER = "agentcore_rl_toolkit/backends/slime/patches/sglang_token_ids.py"
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-    },
-}
 MESSAGES = {"messages": [{"role": "user", "content": "Tell me about Paris."}]}
 
 

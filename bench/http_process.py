@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 from bench.common import (
     MESSAGES,
-    TOOL,
     Row,
     integers,
     make_request,
@@ -39,6 +38,7 @@ from bench.common import (
 )
 from bench.report import groups, table
 from bench.soak import MODES, Wrong, soak
+from testbed.client import TOOL
 from testbed.scheduler import LOCKSTEP, MAX_CLIENT_PROCESSES, PROGRESS_BYTES, EnginelessServer
 
 IDS = {"return_token_ids": True}

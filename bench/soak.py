@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import requests
 
-from bench.common import MESSAGES, TOOL, make_request
+from bench.common import MESSAGES, make_request
+from testbed.client import CHAT, COMPLETIONS, TOOL, tool_call
 from testbed.release import NUMBER
 from testbed.scheduler import EnginelessServer, Script
 from testbed.server import CUTS_INCREMENTAL_COMPLETIONS, INCREMENTAL
@@ -30,10 +31,9 @@ FLAGS = ["--tool-call-parser=qwen", "--reasoning-parser=qwen3"]
 MODES: dict[str, list[str]] = {"cumulative": FLAGS, "incremental": [*FLAGS, INCREMENTAL]}
 # Steps as fast as the stand-in can, where several are read together, and slower ones.
 PACES_S = (0.0, 0.004)
-CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+CALL = tool_call("Paris")
 THOUGHT = "<think>\nParis, then. Let me see.\n</think>\n\nIt rains in Paris."
 NUM_TOP_LOGPROBS = 2
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # Of a request that is aborted or hung up on, so that it runs when that happens.
 LONG = 2000
 # For a prompt with n choices, stock keeps n - 1 states for ever.

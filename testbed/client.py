@@ -18,6 +18,14 @@ GENERATE = "/inference/v1/generate"
 PROMPT = [70, 71, 72, 73]
 NUM_TOKENS = 300
 FLUSH_TIMEOUT_S = 30.0
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+# With cities that a grammar can be made of.
 WEATHER_TOOL = {
     "type": "function",
     "function": {

@@ -23,18 +23,15 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from array import array
 from pathlib import Path
 from typing import Any
 
-from testbed.release import ROOT, UPSTREAM
-from testbed.server import BASE_ENV, Server
+from testbed.release import ROOT
+from testbed.server import Server
 from testbed.tiny_model import EOS, load_tokenizer, tiny_model_path
-from tools.verify import reserve_port
 
 # So long that ids out of place do not look right by chance.
 TABLE_LENGTH = 65_537
@@ -399,33 +396,18 @@ class EnginelessServer(Server):
     def __init__(
         self, name: str, *flags: str, package: Path | None = None, progress: Path | None = None
     ):
-        self.name = name
-        self.port = reserve_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        logs = ROOT / "build" / "logs" / UPSTREAM
-        logs.mkdir(parents=True, exist_ok=True)
-        self.log = logs / f"engineless-{re.sub(r'[^a-z0-9]+', '-', name)}.log"
         self.control, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "testbed.scheduler"]
-        command.append(f"--control-fd={theirs.fileno()}")
+        command = ["testbed.scheduler", f"--control-fd={theirs.fileno()}"]
         if progress is not None:
             command.append(f"--progress={progress}")
-        command += ["--model-path", str(tiny_model_path()), "--port", str(self.port)]
+        command += ["--model-path", str(tiny_model_path())]
         command += ["--device=cpu", "--attention-backend=torch_native", "--skip-server-warmup"]
         command += ["--disable-overlap-schedule", "--max-total-tokens=65536", *flags]
-        env = {**os.environ, **BASE_ENV}
         paths = [str(package) if package else os.environ.get("PYTHONPATH"), str(ROOT)]
-        env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        with self.log.open("w") as log, theirs:
-            self.process = subprocess.Popen(
-                command,
-                env=env,
-                cwd=ROOT / "build",
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=[theirs.fileno()],
-            )
+        env = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+        log = f"engineless-{re.sub(r'[^a-z0-9]+', '-', name)}"
+        with theirs:
+            self._start(name, log, command, env, (theirs.fileno(),))
 
     def cpu_seconds(self) -> float:
         """CPU time that the HTTP process has taken so far, with all of its threads."""

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import requests
 
 from testbed.release import NUMBER, ROOT, SERIES, STOCK, UPSTREAM
 from testbed.tiny_model import tiny_model_path
-from tools.verify import reserve_port
+from tools.verify import kill_group, reserve_port
 
 START_TIMEOUT_S = 600.0
 ON_GPU = os.environ.get("TEST_DEVICE") == "cuda"
@@ -203,31 +202,46 @@ class Server:
 
     def __init__(self, name: str):
         mode = MODES[name]
+        model = tiny_model_path(qwen=mode.qwen, without_weights=mode.without_weights)
+        command = ["sglang.launch_server", "--model-path", str(model)]
+        command += BASE_FLAGS if mode.overlap else [*BASE_FLAGS, "--disable-overlap-schedule"]
+        command += mode.flags
+        env = dict(mode.env)
+        if mode.spawns:
+            env["TEST_FORK"] = "0"
+        if mode.stock:
+            env["PYTHONPATH"] = str(STOCK)
+        self._start(name, name, command, env)
+
+    def _start(
+        self,
+        name: str,
+        log: str,
+        command: list[str],
+        env: dict[str, str],
+        pass_fds: tuple[int, ...] = (),
+    ) -> None:
+        """Start a module with its flags, and with a port.
+
+        Args:
+            log: The name of its log.
+            env: What it has beside the environment of all servers.
+        """
         self.name = name
         self.port = reserve_port()
         self.url = f"http://127.0.0.1:{self.port}"
         logs = ROOT / "build" / "logs" / UPSTREAM
         logs.mkdir(parents=True, exist_ok=True)
-        self.log = logs / f"{name}.log"
-        command = [sys.executable, "-m", "sglang.launch_server"]
-        model = tiny_model_path(qwen=mode.qwen, without_weights=mode.without_weights)
-        command += ["--model-path", str(model)]
-        command += ["--port", str(self.port)]
-        command += BASE_FLAGS if mode.overlap else [*BASE_FLAGS, "--disable-overlap-schedule"]
-        command += mode.flags
-        env = {**os.environ, **BASE_ENV, **dict(mode.env)}
-        if mode.spawns:
-            env["TEST_FORK"] = "0"
-        if mode.stock:
-            env["PYTHONPATH"] = str(STOCK)
-        with self.log.open("w") as log:
+        self.log = logs / f"{log}.log"
+        with self.log.open("w") as stream:
             self.process = subprocess.Popen(
-                command,
-                env=env,
+                [sys.executable, "-m", *command, "--port", str(self.port)],
+                env={**os.environ, **BASE_ENV, **env},
                 cwd=ROOT / "build",
-                stdout=log,
+                stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=pass_fds,
             )
 
     def wait(self) -> None:
@@ -257,11 +271,7 @@ class Server:
         return self.log.read_text(errors="replace")
 
     def stop(self) -> None:
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+        kill_group(self.process)
 
     def __enter__(self) -> Server:
         self.wait()

@@ -17,20 +17,13 @@ from typing import Any
 
 import pytest
 
-from testbed.client import flush_cache
+from testbed.client import TOOL, flush_cache, tool_call
 from testbed.comparison import TRIES, ask, join_stream
 from testbed.pool import ServerPool
 
 Request = tuple[str, dict[str, Any]]
 ASKING = {"return_token_ids": True}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-    },
-}
-CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+CALL = tool_call("Paris")
 GREEDY = {"temperature": 0, "num_predict": 8}
 MESSAGES = [{"role": "user", "content": "Say something, 日本語."}]
 

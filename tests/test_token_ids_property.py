@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from testbed.dialects import TOOL
 from testbed.scripted import (
     MARK,
     PROMPT_IDS,
@@ -30,13 +31,6 @@ from testbed.scripted import (
 from testbed.server import CUTS_INCREMENTAL_COMPLETIONS, FAILS_ABORTED_STREAMS, INCREMENTAL
 
 WHOLE = re.compile(r"</?think>|</?tool_call>|\[f\(.*?\)]")
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "f",
-        "parameters": {"type": "object", "properties": {"a": {"type": "string"}}},
-    },
-}
 FINISH_REASONS: list[dict[str, Any]] = [
     {"type": "stop", "matched": 3},
     {"type": "stop", "matched": "END"},

@@ -362,6 +362,15 @@ def run_checks(server: Server, options: Options) -> list[dict[str, str]]:
 _reserved: list[socket.socket] = []
 
 
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group of its own, and all others of the group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
 def reserve_port() -> int:
     """Return a port of 127.0.0.1 that nobody else is given while this process lives.
 
@@ -422,11 +431,7 @@ class OwnServer:
                 print(f"waiting for it to be healthy: {waited:.0f} s", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+        kill_group(self.process)
 
 
 def main() -> int:

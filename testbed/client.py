@@ -145,11 +145,16 @@ def text_of(choice: dict[str, Any]) -> str:
     )
 
 
-def fresh(server: Server, prompt: list[int], num_tokens: int) -> list[int]:
-    """What the weights of now make of a prompt that is not cached."""
+def fresh(server: Server, prompt: list[int], num_tokens: int, **fields: Any) -> list[int]:
+    """What the weights of now make of a prompt that is not cached.
+
+    Args:
+        fields: Others of the request.
+    """
     # Refused while a request is on its way out of the scheduler, a moment after its answer.
     flush_cache(server.url)
-    [choice] = post(server, GENERATE, generate(prompt, max_tokens=num_tokens))["choices"]
+    body = {**body_for(COMPLETIONS, num_tokens), "prompt": prompt, **fields}
+    [choice] = post(server, COMPLETIONS, body)["choices"]
     ids: list[int] = choice["token_ids"]
     return ids
 
@@ -195,4 +200,4 @@ class Running:
                 if choice.get("weight_versions") is not None:
                     assert choice["finish_reason"] is not None and index not in versions
                     versions[index] = choice["weight_versions"]
-        return {index: (ids[index], versions[index]) for index in ids}
+        return {index: (ids[index], versions.get(index, [])) for index in ids}

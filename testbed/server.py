@@ -15,7 +15,7 @@ from types import TracebackType
 
 import requests
 
-from testbed.release import NUMBER, ROOT, SERIES, STOCK, UPSTREAM
+from testbed.release import NUMBER, ROOT, STOCK, UPSTREAM
 from testbed.tiny_model import tiny_model_path
 from tools.verify import kill_group, reserve_port
 
@@ -64,8 +64,6 @@ STOCK_TRACKS_VERSIONS = NUMBER >= (0, 5, 20)
 # Between them an update that flushes the cache ends the server if a request is waiting.
 FLUSHES_WHILE_REQUESTS_WAIT = NUMBER < (0, 5, 10) or NUMBER >= (0, 5, 23)
 CRASH_DUMPS = ROOT / "build" / "crash-dumps" / UPSTREAM
-
-TRAINER_ROUTES = ("--enable-trainer-routes",) if "/trainer-routes-" in SERIES else ()
 
 SMALLEST_LAYERS = {
     "num_hidden_layers": 1,
@@ -134,7 +132,7 @@ MODES: dict[str, Mode] = {
         env=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),
     ),
     # Their weights change.
-    "weights": Mode(TRAINER_ROUTES),
+    "weights": Mode(("--enable-trainer-routes",)),
     "weights_overlap": Mode(overlap=True),
     "weights_chunked": Mode(("--chunked-prefill-size=32",)),
     "trainer": Mode(("--enable-trainer-routes",), overlap=True, spawns=True),
@@ -146,6 +144,16 @@ MODES: dict[str, Mode] = {
     "trainer_dp": Mode(("--enable-trainer-routes", "--dp-size=2")),
     "trainer_dummy": Mode(
         ("--enable-trainer-routes", "--load-format=dummy"), without_weights=True
+    ),
+    "trainer_lora": Mode(
+        (
+            "--enable-trainer-routes",
+            "--enable-lora",
+            "--lora-backend=torch_native",
+            "--max-loras-per-batch=2",
+            "--max-lora-rank=4",
+            "--lora-target-modules=o_proj",
+        ),
     ),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     "qwen": Mode(qwen=True),

@@ -9,8 +9,8 @@ too long, and only in the test environment. Nothing of it is in the wheel.
 - `torchaudio` has no CPU build. SGLang 0.5.23 imports it.
 - `torchvision` has no CPU build either: its Python part imports once the schemas of two
   operators are defined that its library would define.
-- Memory can only be pinned for a GPU. SGLang 0.5.12 pins some for log-probabilities of
-  prompts on any device; 0.5.9 and 0.5.15 do not.
+- Memory can only be pinned for a GPU. LoRA adapters pin some on any device, and SGLang
+  0.5.12 for log-probabilities of prompts.
 - uvicorn ends a worker that does not answer within 5 s, again and again where it takes
   longer to import SGLang, as it does on two busy cores.
 - With TEST_FORK=1 a server forks its scheduler and detokenizer. It otherwise spawns them,
@@ -118,12 +118,17 @@ def ignore_pin_memory() -> None:
 
     if torch.accelerator.is_available():
         return
-    make_tensor: Any = torch.tensor
 
-    def tensor(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
-        return make_tensor(*args, **kwargs)
+    def unpinned(make: Callable[..., Any]) -> Callable[..., Any]:
+        def make_unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+            return make(*args, **kwargs)
 
-    torch.tensor = tensor
+        return make_unpinned
+
+    for name in ("tensor", "zeros"):
+        setattr(torch, name, unpinned(getattr(torch, name)))
+    tensor_class: Any = torch.Tensor
+    tensor_class.pin_memory = lambda self: self
 
 
 def wait_for_slow_workers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -62,6 +63,23 @@ def tiny_model_path(
             # Another process has been faster.
             shutil.rmtree(unfinished)
     return path
+
+
+def make_adapter(path: Path) -> None:
+    """Make a LoRA adapter of the attention, which changes what the model says."""
+    import torch
+    from safetensors.torch import save_file
+
+    path.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["o_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps({**config, "bias": "none"}))
+    weights = {}
+    for layer in range(2):
+        name = f"base_model.model.model.layers.{layer}.self_attn.o_proj"
+        weights[f"{name}.lora_A.weight"] = torch.randn(4, 128, generator=generator)
+        weights[f"{name}.lora_B.weight"] = torch.randn(128, 4, generator=generator)
+    save_file(weights, path / "adapter_model.safetensors")
 
 
 @functools.lru_cache

@@ -52,6 +52,7 @@ WEIGHT_VERSIONS = "srt/managers/weight_versions.py"
 TEST_WEIGHT_VERSIONS = "tests/test_weight_versions.py"
 ROUTES = "srt/entrypoints/trainer_routes.py"
 TRAINER_ROUTES = "tests/test_trainer_routes.py"
+TRAINER_UPDATES = "srt/weight_sync/trainer_updates.py"
 
 MUTANTS: dict[str, Mutant] = {
     "tokenize-again": Mutant(
@@ -392,21 +393,35 @@ MUTANTS: dict[str, Mutant] = {
     "pause-undone-by-an-update": Mutant(
         "C12",
         ROUTES,
-        "self.resumes_after_update = False\n        mode",
-        "mode",
+        "self.resumes_after_update = False\n        if obj",
+        "if obj",
         [TRAINER_ROUTES, "-k", "pause_during_an_update and keep-False"],
+    ),
+    "native-pause-undone-by-an-update": Mutant(
+        "C12",
+        ROUTES,
+        "self.manager.pause_generation = self.pause_generation",
+        "pass",
+        [TRAINER_ROUTES, "-k", "pause_during_an_update and in_place-False"],
+    ),
+    "native-continuation-waits": Mutant(
+        "C12",
+        ROUTES,
+        "self.manager.continue_generation = self.continue_generation",
+        "pass",
+        [TRAINER_ROUTES, "-k", "resume_during and continue_generation"],
     ),
     "resumed-in-an-update": Mutant(
         "C12",
         ROUTES,
-        "if not self.is_updating:\n            await self",
-        "if True:\n            await self",
+        "if not self.is_updating:\n            await self.manager_continue",
+        "if True:\n            await self.manager_continue",
         [TRAINER_ROUTES, "-k", "resume_during"],
     ),
     "aborted-requests-stay-paused": Mutant(
         "C12",
         ROUTES,
-        "self.manager.send_to_scheduler.send_pyobj(ContinueGenerationReqInput())",
+        "self.send_to_scheduler(ContinueGenerationReqInput())",
         "pass",
         [TRAINER_ROUTES, "-k", "pause_during_an_update and wait"],
     ),
@@ -427,7 +442,7 @@ MUTANTS: dict[str, Mutant] = {
     "folders-told": Mutant(
         "C10",
         ROUTES,
-        "await _check_folder(body.weight_dir)",
+        "await _check_folder(folder)",
         "pass",
         [TRAINER_ROUTES, "-k", "errors_do_not"],
     ),
@@ -452,6 +467,48 @@ MUTANTS: dict[str, Mutant] = {
         "pass",
         [TEST_ALL_OR_NOTHING, "-k", "other_data"],
     ),
+    "cache-not-flushed": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "error = self._first_error(error) or flush_cache()",
+        "error = self._first_error(error)\n        flush_cache()",
+        [TEST_ALL_OR_NOTHING, "-k", "what_fp8_makes"],
+    ),
+    "graphs-read-old-memory": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "if moved is not None and",
+        "if False and",
+        [TEST_ALL_OR_NOTHING, "-k", "cuda_graphs"],
+    ),
+    "adapters-hide-a-bias": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "setattr(parent, name, layer.base_layer)",
+        "pass",
+        [TEST_ALL_OR_NOTHING, "-k", "with_adapters"],
+    ),
+    "adapters-lost": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "setattr(parent, name, layer)",
+        "pass",
+        [TRAINER_ROUTES, "-k", "adapters"],
+    ),
+    "draft-keeps-old-weights": Mutant(
+        "C1",
+        TRAINER_UPDATES,
+        "if not (algorithm.is_none() or algorithm.is_ngram()):",
+        "if False:",
+        [TEST_ALL_OR_NOTHING, "-k", "draft_models"],
+    ),
+    "other-loaders": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "if load_format not in _LOAD_FORMATS:",
+        "if False:",
+        [TEST_ALL_OR_NOTHING, "-k", "other_loaders"],
+    ),
     "converted-parameters-loaded": Mutant(
         "C1",
         ALL_OR_NOTHING,
@@ -471,26 +528,26 @@ MUTANTS: dict[str, Mutant] = {
         ALL_OR_NOTHING,
         "if size > 1:",
         "if False:",
-        [TEST_ALL_OR_NOTHING, "-k", "in_parallel_is_refused"],
+        [TEST_ALL_OR_NOTHING, "-k", "servers_where"],
     ),
     "nothing-to-compare-with": Mutant(
         "C1",
         ALL_OR_NOTHING,
-        "        _read_expected_shapes(runner)\n",
-        "        pass\n",
+        "self._expected = self._expected or read_shapes(*self._start)",
+        "pass",
         [TEST_ALL_OR_NOTHING, "-k", "a_server_that and dummy"],
     ),
     "a-trainer-joins-in-vain": Mutant(
         "C1",
-        "srt/model_executor/model_runner.py",
-        "if group_name == GROUP_NAME:",
+        TRAINER_UPDATES,
+        "if reason is not None:",
         "if False:",
         [TEST_ALL_OR_NOTHING, "-k", "a_server_that and dummy"],
     ),
     "weights-not-compared": Mutant(
         "C1",
         ALL_OR_NOTHING,
-        "error = why_unsupported(runner) or _compare(runner, shapes)",
+        "error = self.why_unsupported() or self._compare(shapes)",
         "error = None",
         [TRAINER_ROUTES, "-k", "test_bad_weights and missing"],
     ),
@@ -511,9 +568,8 @@ MUTANTS: dict[str, Mutant] = {
     "update-without-a-pause": Mutant(
         "C1",
         ROUTES,
-        "await self.manager.pause_generation(PauseGenerationReqInput(mode=mode))\n"
-        "            await _check",
-        "await _check",
+        "await self.manager_pause(PauseGenerationReqInput(mode=mode))\n            success",
+        "success",
         [TRAINER_ROUTES, "-k", "test_a_folder"],
     ),
     "admin-key-not-asked-for": Mutant(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +13,57 @@ import pytest
 import requests
 
 from testbed.client import PROMPT, control, fresh
-from testbed.release import UPSTREAM
 from testbed.server import Server
 from testbed.tiny_model import tiny_model_path
 from tools.verify import reserve_port
 
-pytestmark = pytest.mark.skipif(
-    UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
-)
 RANKS = (0, 1)
 OLD, NEW = 1.0, 2.0
+
+
+def make_updater(model: Any, ranks: Any = None, path: Path | None = None, **fields: Any) -> Any:
+    """What updates `model`, as the only rank of a server or one of `ranks`.
+
+    Args:
+        path: The checkpoint of the start.
+        fields: Other values of the runner and of its configurations.
+    """
+    import torch
+    from sglang.srt.weight_sync.all_or_nothing import AllOrNothingUpdater
+
+    values = {
+        "model_path": str(path or tiny_model_path()),
+        "dtype": torch.float32,
+        "quantization": None,
+        "load_format": "auto",
+        "device": "cpu",
+        **fields,
+    }
+    config = SimpleNamespace(revision=None, hf_config=SimpleNamespace(), **values)
+    load_config = SimpleNamespace(download_dir=None, load_format=values["load_format"])
+    runner: Any = SimpleNamespace(
+        model=model, model_config=config, load_config=load_config, device=values["device"]
+    )
+    return AllOrNothingUpdater(runner, ranks or SimpleNamespace(world_size=1))
+
+
+def load(
+    model: Any,
+    loads: Callable[[], None],
+    error: str | None = None,
+    flush_error: str | None = None,
+    **fields: Any,
+) -> tuple[bool, str]:
+    """Have `model` load a weight by `loads`."""
+
+    def load_weights(weights: Iterable[tuple[str, Any]]) -> None:
+        for _ in weights:
+            loads()
+
+    model.load_weights = load_weights
+    updater = make_updater(model, **fields)
+    answer: tuple[bool, str] = updater._load_or_undo(error, [("weight", None)], lambda: flush_error)
+    return answer
 
 
 def update_on(rank: int, port: int, error_on: int | None, fails_on: int | None) -> Any:
@@ -34,22 +75,20 @@ def update_on(rank: int, port: int, error_on: int | None, fails_on: int | None) 
     """
     import torch
     import torch.distributed as dist
-    from sglang.srt.weight_sync.all_or_nothing import _load_or_undo
 
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=len(RANKS))
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(OLD)
-    group = SimpleNamespace(cpu_group=dist.group.WORLD)
-    runner: Any = SimpleNamespace(model=model, tp_size=len(RANKS), tp_group=group)
+    group = SimpleNamespace(cpu_group=dist.group.WORLD, world_size=len(RANKS))
 
-    def load(note: Callable[[str], None]) -> None:
-        note("weight")
+    def loads() -> None:
         model.weight.data.fill_(NEW)
         if rank == fails_on:
             raise ValueError("it does not fit")
 
-    success, message = _load_or_undo(runner, "it is missing" if rank == error_on else None, load)
+    error = "it is missing" if rank == error_on else None
+    success, message = load(model, loads, error, ranks=group)
     dist.destroy_process_group()
     return success, message, model.weight.item()
 
@@ -120,7 +159,6 @@ def removed(layer: Any) -> None:
 def test_all_that_loading_replaces_is_restored(spoil: Callable[[Any], None]) -> None:
     """The same tensors are back, in the same memory, which CUDA graphs have the address of."""
     import torch
-    from sglang.srt.weight_sync.all_or_nothing import _load_or_undo
 
     model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
     layer: Any = model[0]
@@ -139,14 +177,12 @@ def test_all_that_loading_replaces_is_restored(spoil: Callable[[Any], None]) -> 
         "scale": layer.quant_method.scale,
     }
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    runner: Any = SimpleNamespace(model=model, tp_size=1)
 
-    def load(note: Callable[[str], None]) -> None:
-        note("weight")
+    def loads() -> None:
         spoil(layer)
         raise ValueError("it does not fit")
 
-    success, message = _load_or_undo(runner, None, load)
+    success, message = load(model, loads)
     assert not success and "it does not fit" in message
     assert layer.weight is tensors["weight"] and layer.table is tensors["table"]
     assert layer.unpacked is tensors["unpacked"]
@@ -192,79 +228,158 @@ def process(model: Any) -> None:
 def test_what_fp8_makes_of_weights_is_restored() -> None:
     """SGLang's own method replaces the weight by a new parameter of another shape and dtype."""
     import torch
-    from sglang.srt.weight_sync.all_or_nothing import _load_or_undo
 
     model = fp8_model(block_quant=False)
     old = dict(model.named_parameters())
-
-    def load(note: Callable[[str], None]) -> None:
-        note("weight")
-        model.proj.weight.data.fill_(NEW)
-        process(model)
-        assert model.proj.weight is not old["proj.weight"]
-        raise ValueError("another layer does not fit")
-
-    runner: Any = SimpleNamespace(model=model, tp_size=1)
-    success, _ = _load_or_undo(runner, None, load)
-    assert not success
+    error = "requests have something in the cache"
+    success, message = load(
+        model, lambda: model.proj.weight.data.fill_(NEW), flush_error=error
+    )
+    assert not success and error in message
     assert dict(model.named_parameters()).keys() == old.keys()
     assert all(parameter is old[name] for name, parameter in model.named_parameters())
     assert model.proj.weight.dtype == torch.bfloat16
     assert torch.equal(model.proj.weight, torch.full_like(model.proj.weight, OLD))
 
 
-def make_runner(model: Any, path: Path | str, **fields: Any) -> Any:
-    args = {"dp_size": 1, "pp_size": 1, **fields}
-    config = SimpleNamespace(model_path=str(path), revision=None, quantization="fp8")
-    return SimpleNamespace(
-        model=model,
-        model_config=config,
-        load_config=SimpleNamespace(download_dir=None),
-        server_args=SimpleNamespace(**args),
-    )
-
-
 def test_layers_that_take_no_new_weights_are_named() -> None:
-    from sglang.srt.weight_sync.all_or_nothing import why_unsupported
-
     model = fp8_model(block_quant=False)
-    runner = make_runner(model, tiny_model_path())
-    assert why_unsupported(runner) is None
+    assert make_updater(model, quantization="fp8").why_unsupported() is None
     process(model)
-    reason = why_unsupported(runner)
+    reason = make_updater(model, quantization="fp8").why_unsupported()
     assert reason is not None and "parameter proj.weight" in reason and "fp8" in reason
     # Without quantization, it is not looked for.
-    runner.model_config.quantization = None
-    assert why_unsupported(runner) is None
+    assert make_updater(model).why_unsupported() is None
 
 
 def test_fp8_in_blocks_takes_new_weights_unless_its_scales_are_converted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from sglang.srt.layers.quantization import fp8
-    from sglang.srt.weight_sync.all_or_nothing import why_unsupported
 
-    monkeypatch.setattr(fp8, "get_tensor_model_parallel_world_size", lambda: 1)
+    # They ask for the number of ranks, each release in its way.
+    monkeypatch.setattr(fp8, "get_tensor_model_parallel_world_size", lambda: 1, raising=False)
+    monkeypatch.setattr(
+        fp8.Fp8LinearMethod, "validate_block_quant_shapes", lambda *_, **__: None, raising=False
+    )
     model = fp8_model(block_quant=True)
-    runner = make_runner(model, tiny_model_path())
-    assert why_unsupported(runner) is None
+    updater = make_updater(model, quantization="fp8")
+    assert updater.why_unsupported() is None
     model.proj.weight_scale_inv.format_ue8m0 = True
-    reason = why_unsupported(runner)
+    reason = updater.why_unsupported()
     assert reason is not None and "parameter proj.weight_scale_inv" in reason
+
+
+@pytest.mark.parametrize("spoil", [other_data, other_parameter])
+def test_what_cuda_graphs_do_not_read_is_undone(spoil: Callable[[Any], None]) -> None:
+    import torch
+
+    def new_model() -> Any:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
+        model[0].register_buffer("table", torch.full((3,), OLD))
+        model[0].weight.data.fill_(OLD)
+        return model
+
+    model = new_model()
+    address = model[0].weight.data_ptr()
+    # Nothing of it is on the device: that is only asked for what there are graphs for.
+    success, message = load(model, lambda: spoil(model[0]), device="cuda")
+    assert not success and "0.weight is in other memory" in message
+    assert model[0].weight.data_ptr() == address and bool((model[0].weight == OLD).all())
+    assert load(model, lambda: in_place(model[0]), device="cuda")[0]
+    assert bool((model[0].weight == NEW).all())
+    model = new_model()
+    assert load(model, lambda: spoil(model[0]))[0], "a CPU has none"
+
+
+def test_all_of_a_layer_with_adapters_is_loaded() -> None:
+    """What wraps it does not have all parameters, and would hide the rest."""
+    import torch
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, base_layer: torch.nn.Module):
+            super().__init__()
+            self.base_layer = base_layer
+            self.weight = base_layer.weight
+            self.adapter = torch.full((1,), OLD)
+
+    layer = torch.nn.Linear(4, 2)
+    model: Any = torch.nn.Sequential(Wrapper(layer))
+    wrapper = model[0]
+
+    def loads() -> None:
+        names = ["0.weight", "0.bias"]
+        assert [name for name, _ in model.named_parameters()] == names
+        for parameter in model.parameters():
+            parameter.data.fill_(NEW)
+
+    assert load(model, loads) == (True, "Updated 1 weights.")
+    assert model[0] is wrapper and wrapper.base_layer is layer
+    assert bool((layer.bias == NEW).all() and (wrapper.weight == NEW).all())
+    assert wrapper.adapter.item() == OLD
+
+    def fails() -> None:
+        loads()
+        raise ValueError("it does not fit")
+
+    layer.bias.data.fill_(OLD)
+    assert not load(model, fails)[0]
+    assert model[0] is wrapper and bool((layer.bias == OLD).all())
 
 
 @pytest.mark.parametrize(
     ("fields", "named"),
-    [({"dp_size": 2}, "--dp-size is 2"), ({"pp_size": 4}, "--pp-size is 4")],
-    ids=["data parallel", "pipeline parallel"],
+    [
+        ({"dp_size": 2}, "--dp-size is 2, and has to be 1"),
+        ({"pp_size": 4}, "--pp-size is 4, and has to be 1"),
+        ({"weight_cache_mode": "auto"}, "--weight-cache-mode is auto, and has to be off"),
+        ({}, None),
+    ],
 )
-def test_what_cannot_be_kept_in_parallel_is_refused(
-    fields: dict[str, int], named: str
-) -> None:
-    from sglang.srt.weight_sync.all_or_nothing import why_unsupported
+def test_servers_where_it_cannot_be_kept(fields: dict[str, Any], named: str | None) -> None:
+    from sglang.srt.weight_sync.all_or_nothing import why_unsupported_by
 
-    reason = why_unsupported(make_runner(None, tiny_model_path(), **fields))
-    assert reason is not None and named in reason and "has to be 1" in reason
+    args = {"dp_size": 1, "pp_size": 1, **fields}
+    server_args: Any = SimpleNamespace(**args)
+    reason = why_unsupported_by(server_args)
+    assert reason is None if named is None else reason is not None and named in reason
+
+
+def test_other_loaders_are_refused() -> None:
+    updater = make_updater(None, load_format="flash_rl")
+    reason = updater.why_unsupported()
+    assert "--load-format is flash_rl, and has to be one of auto, safetensors, dummy" in reason
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "named"),
+    [
+        (None, "the release has a cache"),
+        ("NGRAM", "the release has a cache"),
+        ("EAGLE", "the draft model"),
+        ("STANDALONE", "the draft model"),
+    ],
+)
+def test_draft_models_and_what_the_release_cannot_load_again(
+    algorithm: str | None, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPUs have no kernels for draft models."""
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    from sglang.srt.weight_sync import trainer_updates
+
+    monkeypatch.setattr(trainer_updates, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+    scheduler: Any = SimpleNamespace(
+        server_args=SimpleNamespace(enable_trainer_routes=True),
+        spec_algorithm=SpeculativeAlgorithm.from_string(algorithm),
+        tp_worker=SimpleNamespace(model_runner=make_updater(None)._runner),
+    )
+    handlers = dict(
+        trainer_updates.trainer_update_handlers(scheduler, lambda model: "the release has a cache")
+    )
+    request = trainer_updates.TrainerUpdateReqInput(names=[], dtypes=[], shapes=[])
+    request.folder = str(tiny_model_path(1))
+    output = handlers[trainer_updates.TrainerUpdateReqInput](request)
+    assert not output.success and named in output.message
 
 
 @pytest.mark.parametrize("server", ["trainer_dp", "trainer_dummy"], indirect=True)

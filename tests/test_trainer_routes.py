@@ -29,15 +29,12 @@ from testbed.client import (
     post,
 )
 from testbed.pool import ServerPool
-from testbed.release import ROOT, UPSTREAM
+from testbed.release import ROOT
 from testbed.server import Server
-from testbed.tiny_model import tiny_model_path
+from testbed.tiny_model import make_adapter, tiny_model_path
 from testbed.trainer import BAD_PARAMETER
 from tools.verify import reserve_port
 
-pytestmark = pytest.mark.skipif(
-    UPSTREAM != "v0.5.9", reason=f"the series of {UPSTREAM} has no patch for it"
-)
 trainer_mode = pytest.mark.parametrize("server", ["trainer"], indirect=True)
 SHORT = 32
 ROUTES = [
@@ -127,6 +124,11 @@ def check_update(
     assert fresh(server, PROMPT, SHORT) == by_seed[seed]
 
 
+def check_versions(spans: list[dict[str, Any]], *versions: str) -> None:
+    """Check which weights the tokens of a request came from, in order."""
+    assert tuple(span["version"] for span in spans) == versions
+
+
 def is_paused(server: Server) -> bool:
     paused: bool = requests.get(f"{server.url}/is_paused", timeout=30).json()["is_paused"]
     return paused
@@ -185,7 +187,7 @@ def test_a_broadcast_to_two_servers(
         for server, stream in zip(pair, running):
             [(ids, spans)] = stream.finish().values()
             assert len(ids) == NUM_TOKENS, "nothing in flight is lost"
-            assert [span["version"] for span in spans] == ["default", "step_1"]
+            check_versions(spans, "default", "step_1")
             boundary = spans[0]["end"]
             # The cache was reset, so the new weights computed everything again.
             rest = fresh(server, PROMPT + ids[:boundary], NUM_TOKENS - boundary)
@@ -202,7 +204,7 @@ def test_a_broadcast_to_two_servers(
         for server, stream in zip(pair, running):
             [(ids, spans)] = stream.finish().values()
             assert len(ids) == NUM_TOKENS
-            assert [span["version"] for span in spans] == ["step_1", "2"]
+            check_versions(spans, "step_1", "2")
             assert fresh(server, PROMPT, SHORT) == by_seed[2]
     finally:
         trainer.stop()
@@ -229,7 +231,8 @@ def test_bad_weights_leave_the_old_ones(
         [answer] = update([server])
         assert answer.status_code == 400 and named in answer.text
         [(ids, spans)] = running.finish().values()
-        assert len(ids) == NUM_TOKENS and len(spans) == 1
+        assert len(ids) == NUM_TOKENS
+        check_versions(spans, "default")
         assert fresh(server, PROMPT, SHORT) == by_seed[0]
         # The trainer is still there.
         check_update(trainer, server, 1, by_seed)
@@ -320,7 +323,8 @@ def test_a_folder(server: Server, by_seed: dict[int, list[int]], folder: Path) -
     answer = control(server, "/update_weights", weight_dir=str(folder))
     assert answer.ok and answer.json() == {"status": "ok"}
     [(ids, spans)] = running.finish().values()
-    assert len(ids) == NUM_TOKENS and [span["version"] for span in spans][1:] == ["step_7"]
+    assert len(ids) == NUM_TOKENS
+    check_versions(spans, "default", "step_7")
     assert fresh(server, PROMPT, SHORT) == by_seed[1]
     # Clients know the model by the name it had.
     assert post(server, CHAT, body_for(CHAT, max_tokens=1))["model"] == name
@@ -373,8 +377,40 @@ def test_a_bad_folder_leaves_the_old_weights(
     assert answer.status_code == 400
     assert all(part in answer.text for part in named), answer.text
     [(ids, spans)] = running.finish().values()
-    assert len(ids) == NUM_TOKENS and len(spans) == 1
+    assert len(ids) == NUM_TOKENS
+    check_versions(spans, "default")
     assert fresh(server, PROMPT, SHORT) == by_seed[0]
+
+
+@pytest.mark.parametrize("server", ["trainer_lora"], indirect=True)
+def test_adapters_are_left_alone(server: Server, tmp_path: Path) -> None:
+    make_adapter(tmp_path / "adapter")
+    adapter = {"lora_name": "adapter", "lora_path": str(tmp_path / "adapter")}
+    by_seed = ids_by_seed(server)
+
+    def load() -> None:
+        answer = control(server, "/load_lora_adapter", **adapter)
+        assert answer.ok, answer.text
+
+    def ids() -> tuple[list[int], list[int]]:
+        return fresh(server, PROMPT, SHORT), fresh(server, PROMPT, SHORT, lora_path="adapter")
+
+    load()
+    with_first = ids()[1]
+    assert control(server, "/update_weights", weight_dir=str(tiny_model_path(1))).ok
+    base, with_adapter = ids()
+    assert base == by_seed[1]
+    assert with_adapter not in (base, with_first)
+    shutil.copytree(tiny_model_path(2), tmp_path / "bad")
+    weights = load_file(tmp_path / "bad" / "model.safetensors")
+    weights[BAD_PARAMETER] = weights[BAD_PARAMETER][:-1].contiguous()
+    save_file(weights, tmp_path / "bad" / "model.safetensors")
+    assert not control(server, "/update_weights", weight_dir=str(tmp_path / "bad")).ok
+    assert ids() == (base, with_adapter)
+    # It is what it is when it comes to the new weights.
+    assert control(server, "/unload_lora_adapter", lora_name="adapter").ok
+    load()
+    assert ids() == (base, with_adapter)
 
 
 @trainer_mode
@@ -466,9 +502,22 @@ def test_they_obey_the_admin_key(server: Server) -> None:
 
 @trainer_mode
 @pytest.mark.parametrize("keeps_cache", [False, True])
-@pytest.mark.parametrize("mode", ["keep", "abort", "wait"])
-def test_a_pause_during_an_update_holds(server: Server, mode: str, keeps_cache: bool) -> None:
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [
+        ("/pause", "keep"),
+        ("/pause", "abort"),
+        ("/pause", "wait"),
+        ("/pause_generation", "in_place"),
+        ("/pause_generation", "retract"),
+        ("/pause_generation", "abort"),
+    ],
+)
+def test_a_pause_during_an_update_holds(
+    server: Server, path: str, mode: str, keeps_cache: bool
+) -> None:
     num_tokens = 60
+    keeps_requests = mode not in ("abort", "wait")
     trainer = join([server])
     pauses: list[requests.Response] = []
     try:
@@ -478,12 +527,10 @@ def test_a_pause_during_an_update_holds(server: Server, mode: str, keeps_cache: 
         updating = threading.Thread(target=update, args=([server],), kwargs=fields)
         updating.start()
         wait_until_paused(server)
-        body = {"mode": mode, "clear_cache": False}
-        pausing = threading.Thread(
-            target=lambda: pauses.append(control(server, "/pause", **body))
-        )
+        body = {"mode": mode, **({"clear_cache": False} if path == "/pause" else {})}
+        pausing = threading.Thread(target=lambda: pauses.append(control(server, path, **body)))
         pausing.start()
-        if mode == "keep":
+        if keeps_requests:
             # The update still waits for its weights.
             pausing.join(10)
             assert pauses and updating.is_alive()
@@ -492,7 +539,7 @@ def test_a_pause_during_an_update_holds(server: Server, mode: str, keeps_cache: 
         updating.join()
         pausing.join(30)
         assert pauses[0].ok and is_paused(server)
-        if mode == "keep":
+        if keeps_requests:
             seen = running.num_tokens
             time.sleep(1)
             assert running.num_tokens == seen < num_tokens and is_paused(server)
@@ -505,8 +552,9 @@ def test_a_pause_during_an_update_holds(server: Server, mode: str, keeps_cache: 
 
 
 @trainer_mode
+@pytest.mark.parametrize("path", ["/resume", "/continue_generation"])
 def test_a_resume_during_an_update_comes_after_it(
-    server: Server, by_seed: dict[int, list[int]]
+    server: Server, by_seed: dict[int, list[int]], path: str
 ) -> None:
     trainer = join([server])
     try:
@@ -519,13 +567,14 @@ def test_a_resume_during_an_update_comes_after_it(
         updating.start()
         time.sleep(1)
         start = time.monotonic()
-        assert control(server, "/resume").ok and time.monotonic() - start < 10
+        assert control(server, path).ok and time.monotonic() - start < 10
         assert updating.is_alive() and is_paused(server)
         trainer.send(1)
         updating.join()
         assert not is_paused(server)
         [(ids, spans)] = running.finish().values()
-        assert len(ids) == NUM_TOKENS and spans[-1]["version"] == "1"
+        assert len(ids) == NUM_TOKENS
+        check_versions(spans, "default", "1")
         assert fresh(server, PROMPT, SHORT) == by_seed[1]
     finally:
         trainer.stop()

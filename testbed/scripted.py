@@ -43,8 +43,9 @@ class Plan:
     schedule: list[tuple[int, int]]
     # Between how many ids reasoning tokens are counted, as later releases do.
     reasoning: tuple[int, int]
-    # A scheduler may lengthen a prompt, by the placeholders of an image for example.
-    num_prompt_ids: int = len(PROMPT_IDS)
+    # A scheduler may lengthen a prompt, by the placeholders of an image for example. With
+    # None it leaves it as it is.
+    num_prompt_ids: int | None = len(PROMPT_IDS)
 
     def ids(self, index: int) -> list[int]:
         return [i for step in self.choices[index] for i in step.ids]
@@ -57,6 +58,7 @@ class ScriptedEngine:
         self.manager = manager
         self.plan = Plan([], [], [], (0, 0))
         self.rids: list[str] = []
+        self.num_prompt_ids = 0
         self.player: asyncio.Task[None] | None = None
         self.warmups: set[asyncio.Task[None]] = set()
         # Up to 0.5.12 the manager sends to a socket itself.
@@ -77,6 +79,7 @@ class ScriptedEngine:
                 self.warmups.add(asyncio.create_task(self.put_out(request.rid, step, 0, finish)))
                 continue
             self.rids.append(request.rid)
+            self.num_prompt_ids = self.plan.num_prompt_ids or len(request.input_ids)
             if len(self.rids) == len(self.plan.choices):
                 self.player = asyncio.create_task(self.play())
 
@@ -112,7 +115,7 @@ class ScriptedEngine:
             finished_reasons=[finish],
             output_strs=[step.text],
             output_ids=[step.ids],
-            prompt_tokens=[self.plan.num_prompt_ids],
+            prompt_tokens=[self.num_prompt_ids],
             completion_tokens=[num_ids],
             # More of the prompt may be cached after a retraction.
             cached_tokens=[num_reasoning // 4],

@@ -15,6 +15,7 @@ from types import TracebackType
 
 import requests
 
+from testbed.chat_shapes import SHAPES
 from testbed.release import NUMBER, ROOT, STOCK, UPSTREAM
 from testbed.tiny_model import tiny_model_path
 from tools.verify import kill_group, reserve_port
@@ -52,6 +53,8 @@ CUTS_INCREMENTAL_CHAT = (0, 5, 10) <= NUMBER < (0, 5, 12)
 FAILS_ABORTED_STREAMS = (0, 5, 10) <= NUMBER < (0, 5, 12)
 # Later releases want </think> to be one token where there are grammars.
 THINK_IS_A_TOKEN = NUMBER >= (0, 5, 12)
+# The CPU engine of later releases has no grammars beside a reasoning parser.
+REGEX_HOLDS_BESIDE_REASONING = NUMBER < (0, 5, 12)
 # Whether log-probabilities have the bytes of a token that is a part of a character.
 KNOWS_TOKEN_BYTES = NUMBER >= (0, 5, 23)
 
@@ -83,6 +86,7 @@ class Mode:
         spawns: Whether its processes are spawned, as they are for users. To fork them takes
             a third of the CPU time.
         without_weights: Whether the folder of the model has none.
+        shape: Which of `SHAPES` the model has.
     """
 
     flags: tuple[str, ...] = ()
@@ -92,6 +96,7 @@ class Mode:
     qwen: bool = False
     spawns: bool = False
     without_weights: bool = False
+    shape: str = ""
 
 
 # Tests come in this order, so those that are compared with stock are next to it.
@@ -158,6 +163,12 @@ MODES: dict[str, Mode] = {
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     "qwen": Mode(qwen=True),
 }
+for _name, _shape in SHAPES.items():
+    _flags = [f"--tool-call-parser={_shape.tool_call_parser}"]
+    if _shape.reasoning_parser and REGEX_HOLDS_BESIDE_REASONING:
+        _flags += [f"--reasoning-parser={_shape.reasoning_parser}"]
+    _flags += ["--keep-turns=2000", "--enable-cache-report"]
+    MODES[f"turns_{_name}"] = Mode(tuple(_flags), shape=_name)
 # Those that `make test` starts: enough for every clause and every capability.
 SHORT_MODES = (
     "stock",
@@ -169,6 +180,7 @@ SHORT_MODES = (
     "dumps",
     "weights",
     "trainer",
+    "turns_qwen3",
 )
 
 
@@ -210,7 +222,9 @@ class Server:
 
     def __init__(self, name: str):
         mode = MODES[name]
-        model = tiny_model_path(qwen=mode.qwen, without_weights=mode.without_weights)
+        model = tiny_model_path(
+            qwen=mode.qwen, without_weights=mode.without_weights, shape=mode.shape
+        )
         command = ["sglang.launch_server", "--model-path", str(model)]
         command += BASE_FLAGS if mode.overlap else [*BASE_FLAGS, "--disable-overlap-schedule"]
         command += mode.flags

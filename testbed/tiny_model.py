@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from testbed.chat_shapes import SHAPES, Shape
 from testbed.release import ROOT, UPSTREAM
 
 # Older releases of transformers do not read what newer ones write.
@@ -37,10 +40,12 @@ CHAT_TEMPLATE = (
     "\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+CONTEXT_LENGTH = 4096
+DEFAULT_SHAPE = Shape(tuple(SPECIAL_TOKENS), (EOS,), CHAT_TEMPLATE, lambda _, text, __: text, "")
 
 
 def tiny_model_path(
-    seed: int = 0, qwen: bool = False, without_weights: bool = False
+    seed: int = 0, qwen: bool = False, without_weights: bool = False, shape: str = ""
 ) -> Path:
     """Return the folder of the model, and make it if there is none.
 
@@ -48,7 +53,10 @@ def tiny_model_path(
         seed: Other seeds give the same model with other weights.
         qwen: Whether the tokenizer has Qwen3's tokens for thoughts and tool calls.
         without_weights: Whether there is all but the weights.
+        shape: Which of `SHAPES` the chat template has.
     """
+    if shape:
+        return _shaped_model_path(shape)
     path = MODELS / ("tiny" + ("-qwen3" if qwen else "") + (f"-seed-{seed}" if seed else ""))
     if without_weights:
         path = path.with_name(f"{path.name}-no-weights")
@@ -82,14 +90,29 @@ def make_adapter(path: Path) -> None:
     save_file(weights, path / "adapter_model.safetensors")
 
 
+def _shaped_model_path(name: str) -> Path:
+    shape = SHAPES[name]
+    # Another template is another model.
+    digest = hashlib.sha256(repr(dataclasses.replace(shape, say=str)).encode()).hexdigest()
+    path = MODELS / f"tiny-{name}-{digest[:8]}"
+    if not path.exists():
+        unfinished = path.with_name(f"tiny-{os.getpid()}")
+        make(unfinished, 0, list(shape.tokens), shape)
+        try:
+            unfinished.rename(path)
+        except OSError:
+            shutil.rmtree(unfinished)
+    return path
+
+
 @functools.lru_cache
-def load_tokenizer(qwen: bool = False) -> Any:
+def load_tokenizer(qwen: bool = False, shape: str = "") -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tiny_model_path(qwen=qwen))
+    return AutoTokenizer.from_pretrained(tiny_model_path(qwen=qwen, shape=shape))
 
 
-def make(path: Path, seed: int, more_tokens: list[str]) -> None:
+def make(path: Path, seed: int, more_tokens: list[str], shape: Shape = DEFAULT_SHAPE) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -99,20 +122,23 @@ def make(path: Path, seed: int, more_tokens: list[str]) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=list(shape.special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token=EOS,
-        pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
+        bos_token=shape.special_tokens[0],
+        eos_token=shape.stop_tokens[0],
+        pad_token=shape.special_tokens[0],
+        chat_template=shape.template,
+        # Without one, /tokenize of some releases says a number that is no JSON.
+        model_max_length=CONTEXT_LENGTH,
     )
     fast.add_tokens(more_tokens)
     fast.save_pretrained(path)
 
+    stop_ids = fast.convert_tokens_to_ids(list(shape.stop_tokens))
     torch.manual_seed(seed)
     # Head size 64 is the smallest that the CPU kernels of other engines load as well.
     config = LlamaConfig(
@@ -122,9 +148,9 @@ def make(path: Path, seed: int, more_tokens: list[str]) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=4096,
+        max_position_embeddings=CONTEXT_LENGTH,
         bos_token_id=fast.bos_token_id,
-        eos_token_id=fast.eos_token_id,
+        eos_token_id=stop_ids if len(stop_ids) > 1 else fast.eos_token_id,
     )
     model = LlamaForCausalLM(config)
     if more_tokens:

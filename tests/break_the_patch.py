@@ -54,6 +54,10 @@ ROUTES = "srt/entrypoints/trainer_routes.py"
 TRAINER_ROUTES = "tests/test_trainer_routes.py"
 TRAINER_UPDATES = "srt/weight_sync/trainer_updates.py"
 
+PREFIX = "srt/entrypoints/openai/prompt_prefix.py"
+KEPT_TURNS = "srt/entrypoints/openai/kept_turns.py"
+TURNS = "tests/test_turns.py"
+
 MUTANTS: dict[str, Mutant] = {
     "tokenize-again": Mutant(
         "C1",
@@ -578,6 +582,48 @@ MUTANTS: dict[str, Mutant] = {
         "auth_level(AuthLevel.ADMIN_OPTIONAL)(endpoint.__func__)",
         "pass",
         [TRAINER_ROUTES, "-k", "key"],
+    ),
+    "turn-never-ended": Mutant(
+        "turns",
+        PREFIX,
+        "seam.end if is_ended else seam.end - seam.size",
+        "seam.end",
+        [TURNS, "-k", "every_turn and qwen3"],
+    ),
+    "turn-ended-twice": Mutant(
+        "turns",
+        PREFIX,
+        "seam.end if is_ended else seam.end - seam.size",
+        "seam.end - seam.size",
+        [TURNS, "-k", "every_turn and qwen3"],
+    ),
+    "prefix-unchecked": Mutant(
+        "turns",
+        PREFIX,
+        "if found < 0:",
+        "if False:",
+        [TURNS, "-k", "something_else"],
+    ),
+    "turns-of-everybody": Mutant(
+        "turns",
+        KEPT_TURNS,
+        "headers.get(name) for name in _HEADERS",
+        "None for name in _HEADERS",
+        [TURNS, "-k", "owners"],
+    ),
+    "turns-without-bound": Mutant(
+        "turns",
+        KEPT_TURNS,
+        "if len(self._turns) > self._size:",
+        "if len(self._turns) > 2 * self._size:",
+        [TURNS, "-k", "bounded"],
+    ),
+    "reasoning-of-another": Mutant(
+        "turns",
+        KEPT_TURNS,
+        "if not reasoning or reasoning == turn.reasoning:",
+        "if True:",
+        [TURNS, "-k", "tells_turns_apart"],
     ),
 }
 

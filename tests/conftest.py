@@ -77,6 +77,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--fuzz-seconds", type=float, help="how long to draw (default: a fixed number of streams)"
     )
+    parser.addoption(
+        "--all-turns", action="store_true", help="test_turns.py: hold all 50 conversations"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

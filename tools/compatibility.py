@@ -33,6 +33,11 @@ CAPABILITIES: dict[str, tuple[str, tuple[str, ...]]] = {
         "`input_ids` on chat, `/v1/chat/completions/tokens`",
         ("test_prompt_ids",),
     ),
+    "turns": (
+        "`required_prefix_token_ids`, ids on assistant messages, `--keep-turns`: prompts that "
+        "extend each other",
+        ("test_turns",),
+    ),
     "generate": ("`/inference/v1/generate`", ("test_tokens_in_out", "test_rollout_clients")),
     "weight versions": ("`weight_versions` by token, in streams too", ("test_weight_versions",)),
     "trainer routes": (

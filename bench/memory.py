@@ -92,9 +92,7 @@ def measure(name: str, args: argparse.Namespace) -> tuple[float, list[float]]:
         ask(server.url, 16, fields)
         start = time.monotonic()
         with PeakMemory(process) as memory:
-            tasks = [
-                pool.submit(ask, server.url, args.tokens, fields) for _ in range(args.streams)
-            ]
+            tasks = [pool.submit(ask, server.url, args.tokens, fields) for _ in range(args.streams)]
             for task in tasks:
                 task.result()
         took = time.monotonic() - start

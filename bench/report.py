@@ -56,8 +56,7 @@ NOTES = {
     ),
     "vllm": "The same client against one vLLM server, asking for ids and not.",
     "memory": (
-        "Growth of the resident set of the process that serves HTTP, tokenizer manager "
-        "included."
+        "Growth of the resident set of the process that serves HTTP, tokenizer manager included."
     ),
     "gpu": (
         "A stock and a patched server with a real engine on the same card, loaded in alternation "

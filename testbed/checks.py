@@ -39,10 +39,7 @@ def check_logprobs(choice: dict[str, Any], num_top: int) -> None:
         assert [bytes(entry["bytes"]) for entry in logprobs["content"]] == raw
         assert [entry["token"] for entry in logprobs["content"]] == expected
         values = [entry["logprob"] for entry in logprobs["content"]]
-        tops = [
-            [top["logprob"] for top in entry["top_logprobs"]]
-            for entry in logprobs["content"]
-        ]
+        tops = [[top["logprob"] for top in entry["top_logprobs"]] for entry in logprobs["content"]]
         assert all(len(top) == num_top for top in tops)
     else:
         if KNOWS_TOKEN_BYTES:

@@ -147,9 +147,7 @@ MODES: dict[str, Mode] = {
     ),
     # These cannot keep the old weights if something is wrong with the new ones.
     "trainer_dp": Mode(("--enable-trainer-routes", "--dp-size=2")),
-    "trainer_dummy": Mode(
-        ("--enable-trainer-routes", "--load-format=dummy"), without_weights=True
-    ),
+    "trainer_dummy": Mode(("--enable-trainer-routes", "--load-format=dummy"), without_weights=True),
     "trainer_lora": Mode(
         (
             "--enable-trainer-routes",
@@ -184,9 +182,7 @@ SHORT_MODES = (
 )
 
 
-def wait_until_healthy(
-    name: str, url: str, process: subprocess.Popen[bytes], log: Path
-) -> None:
+def wait_until_healthy(name: str, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     """Wait for a server of any kind.
 
     Raises:

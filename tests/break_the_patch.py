@@ -100,7 +100,7 @@ MUTANTS: dict[str, Mutant] = {
         "C4",
         RECORDER,
         "            yield chunk\n\n    def _find_unsent",
-        "            if '\"reasoning_content\":\"' not in chunk or '\"content\":\"' in chunk:\n"
+        '            if \'"reasoning_content":"\' not in chunk or \'"content":"\' in chunk:\n'
         "                yield chunk\n\n    def _find_unsent",
         [FUZZ],
     ),

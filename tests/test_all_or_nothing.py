@@ -209,9 +209,7 @@ def fp8_model(block_quant: bool) -> Any:
     model = torch.nn.Module()
     model.proj = torch.nn.Module()
     model.proj.quant_method = method
-    method.create_weights(
-        model.proj, 4, [4], 4, 4, torch.bfloat16, weight_loader=lambda *_: None
-    )
+    method.create_weights(model.proj, 4, [4], 4, 4, torch.bfloat16, weight_loader=lambda *_: None)
     assert isinstance(model.proj.weight, ModelWeightParameter)
     model.proj.weight.data.fill_(OLD)
     model.attn = torch.nn.Module()
@@ -232,9 +230,7 @@ def test_what_fp8_makes_of_weights_is_restored() -> None:
     model = fp8_model(block_quant=False)
     old = dict(model.named_parameters())
     error = "requests have something in the cache"
-    success, message = load(
-        model, lambda: model.proj.weight.data.fill_(NEW), flush_error=error
-    )
+    success, message = load(model, lambda: model.proj.weight.data.fill_(NEW), flush_error=error)
     assert not success and error in message
     assert dict(model.named_parameters()).keys() == old.keys()
     assert all(parameter is old[name] for name, parameter in model.named_parameters())
@@ -396,9 +392,7 @@ def test_a_server_that_cannot_keep_it_says_so(server: Server) -> None:
         assert answer.text.count(named) == 1, answer.text
     where = {"host": "127.0.0.1", "port": reserve_port(), "timeout": 5}
     start = time.monotonic()
-    answer = control(
-        server, "/init_broadcaster", **where, server_rank=0, num_inference_server=1
-    )
+    answer = control(server, "/init_broadcaster", **where, server_rank=0, num_inference_server=1)
     assert answer.status_code == 400, answer.text
     assert named in answer.text or "dp_size must be 1" in answer.text
     assert time.monotonic() - start < 4, "it has waited for the trainer"

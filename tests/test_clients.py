@@ -66,9 +66,7 @@ def test_openai_sdk(server: Server) -> None:
 
     chunks = list(client.chat.completions.create(**REQUEST, extra_body=extra, stream=True))
     assert chunks[0].model_extra and chunks[0].model_extra["prompt_token_ids"] == prompt
-    streamed = [
-        i for c in chunks for i in (c.choices[0].model_extra or {}).get("token_ids", [])
-    ]
+    streamed = [i for c in chunks for i in (c.choices[0].model_extra or {}).get("token_ids", [])]
     assert streamed == ids
 
 
@@ -124,9 +122,7 @@ def test_sglang_router(server: Server) -> None:
         answer = response.json()
         client = openai.OpenAI(base_url=f"{router}/v1", api_key="none")
         chunks = list(client.chat.completions.create(**body, stream=True))
-    streamed = [
-        i for c in chunks for i in (c.choices[0].model_extra or {}).get("token_ids", [])
-    ]
+    streamed = [i for c in chunks for i in (c.choices[0].model_extra or {}).get("token_ids", [])]
     if server.name == "default":
         assert "prompt_token_ids" not in answer and "token_ids" not in answer["choices"][0]
         assert streamed == []

@@ -71,6 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
     "log-probabilities only": {"max_tokens": 9, "ignore_eos": True, "logprobs": True},
 }
 
+
 def chooses_tool(tool_choice: Any) -> dict[str, Any]:
     """A request whose answer has to be a tool call, in the form of the endpoint's own."""
     if NUMBER < (0, 5, 15):
@@ -94,6 +95,7 @@ TOOL_CASES: dict[str, dict[str, Any]] = {
         "Let me see. " + tool_call("Paris"), logprobs=True, top_logprobs=2
     ),
 }
+
 
 def thinks(text: str, **fields: Any) -> dict[str, Any]:
     """A request whose answer is exactly `text`, for a server with a reasoning parser.

@@ -63,9 +63,7 @@ def test_prompt_is_taken_as_given(server: Server, path: str) -> None:
     assert answer["prompt_token_ids"] == prompt
     assert answer["usage"]["prompt_tokens"] == len(prompt)
     elsewhere = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 12}
-    other = post(
-        server, COMPLETIONS, {**elsewhere, "ignore_eos": True, "return_token_ids": True}
-    )
+    other = post(server, COMPLETIONS, {**elsewhere, "ignore_eos": True, "return_token_ids": True})
     assert answer["choices"][0]["token_ids"] == other["choices"][0]["token_ids"]
 
     chunks = stream(server, path, with_prompt(path, prompt))

@@ -67,9 +67,7 @@ def masked(stream: Stream) -> Any:
 @pytest.mark.parametrize("logprobs", [False, True], ids=["plain", "logprobs"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
-def test_a_lengthened_prompt(
-    serving: Serving, endpoint: str, stream: bool, logprobs: bool
-) -> None:
+def test_a_lengthened_prompt(serving: Serving, endpoint: str, stream: bool, logprobs: bool) -> None:
     """Its ids are not known: by default it is served as stock, and refused if it asks."""
     fields: dict[str, Any] = {"stream": stream}
     if logprobs:

@@ -65,9 +65,7 @@ def plans(draw: st.DrawFn, with_tags: bool) -> Plan:
         choices.append(steps)
     turns = [index for index, steps in enumerate(choices) for _ in steps]
     order = draw(st.permutations(turns))
-    waits = draw(
-        st.lists(st.integers(0, 12), min_size=len(order), max_size=len(order))
-    )
+    waits = draw(st.lists(st.integers(0, 12), min_size=len(order), max_size=len(order)))
     finish = [draw(st.sampled_from(FINISH_REASONS)) for _ in choices]
     start = draw(st.integers(0, 6))
     reasoning = start, start + draw(st.integers(0, 12))
@@ -145,9 +143,7 @@ def completion_request(plan: Plan, **fields: Any) -> Any:
         fields["logprobs"] = 2
     else:
         fields.pop("logprobs", None)
-    return CompletionRequest(
-        model="m", prompt=PROMPT_IDS, n=len(plan.choices), **fields
-    )
+    return CompletionRequest(model="m", prompt=PROMPT_IDS, n=len(plan.choices), **fields)
 
 
 def logprobs_of(choice: dict[str, Any]) -> list[tuple[float, list[float]]]:
@@ -161,9 +157,7 @@ def logprobs_of(choice: dict[str, Any]) -> list[tuple[float, list[float]]]:
         ]
     return [
         (value, list(top.values()))
-        for value, top in zip(
-            logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
-        )
+        for value, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
     ]
 
 

@@ -103,9 +103,7 @@ def test_prompt_ids_and_usage_on_request(server: Server) -> None:
     assert whole["request_id"] == asking["request_id"]
 
     options = {"include_usage": True, "continuous_usage_stats": True}
-    first, *others = stream(
-        server, {**asking, "request_id": None, "stream_options": options}
-    )
+    first, *others = stream(server, {**asking, "request_id": None, "stream_options": options})
     assert first["prompt_token_ids"] == PROMPT
     assert not any("prompt_token_ids" in chunk for chunk in others)
     assert others[-1]["choices"] == []
@@ -251,9 +249,7 @@ def test_prompt_and_usage_are_those_prefilled(
         body = generate(prompt, max_tokens=1, n=n)
     body |= {"return_token_ids": True}
     whole = post(server, path, body)
-    chunks = client.stream(
-        server, path, {**body, "stream_options": {"include_usage": True}}
-    )
+    chunks = client.stream(server, path, {**body, "stream_options": {"include_usage": True}})
     for answer, usage in ((whole, whole["usage"]), (chunks[0], chunks[-1]["usage"])):
         assert answer["prompt_token_ids"] == prompt[:num_prefilled]
         assert usage["prompt_tokens"] == num_prefilled

@@ -242,9 +242,7 @@ def test_bad_weights_leave_the_old_ones(
 
 @trainer_mode
 @pytest.mark.parametrize("fault", ["dies", "falls_silent"])
-def test_a_trainer_that_is_gone(
-    server: Server, by_seed: dict[int, list[int]], fault: str
-) -> None:
+def test_a_trainer_that_is_gone(server: Server, by_seed: dict[int, list[int]], fault: str) -> None:
     trainer = join([server], timeout=5)
     trainer.send(1, fault)
     start = time.monotonic()
@@ -561,9 +559,7 @@ def test_a_resume_during_an_update_comes_after_it(
         running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
         running.wait_for(10)
         assert control(server, "/pause", mode="keep").ok
-        updating = threading.Thread(
-            target=update, args=([server],), kwargs={"weight_version": "1"}
-        )
+        updating = threading.Thread(target=update, args=([server],), kwargs={"weight_version": "1"})
         updating.start()
         time.sleep(1)
         start = time.monotonic()

@@ -494,9 +494,7 @@ def test_each_choice_is_a_turn(talk: Talk, stream: bool) -> None:
 
 def test_reasoning_tells_turns_apart_that_say_the_same(talk: Talk) -> None:
     start = ("user", "think", "")
-    _, prompt, sampled = talk.turn(
-        start, replies=("one</think>yes", "two</think>yes")
-    )
+    _, prompt, sampled = talk.turn(start, replies=("one</think>yes", "two</think>yes"))
     for reasoning, ids in (("one", sampled[0]), ("two", sampled[1]), ("", sampled[1])):
         # What the agent leaves out is the one sampled last.
         reply = ("assistant", "yes", reasoning)

@@ -60,9 +60,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # In the order of the stack: each is applied to what the one before it left.
 @pytest.mark.parametrize("name", NAMES)
-def test_applies_and_its_tests_notice(
-    name: str, written: Path, tree: Path, tmp_path: Path
-) -> None:
+def test_applies_and_its_tests_notice(name: str, written: Path, tree: Path, tmp_path: Path) -> None:
     before = tmp_path / "before"
     git(tree, "worktree", "add", "--quiet", "--detach", str(before))
     files = pull_requests.PULL_REQUESTS / name / "files"

@@ -194,9 +194,7 @@ def sha256_of(path: Path) -> str:
 def check_sha256(path: Path, artefact: Artefact) -> None:
     actual = sha256_of(path)
     if actual != artefact.sha256:
-        raise ToolError(
-            f"{artefact.file} has sha256 {actual}, but pins.toml has {artefact.sha256}"
-        )
+        raise ToolError(f"{artefact.file} has sha256 {actual}, but pins.toml has {artefact.sha256}")
 
 
 def fetch(release: Release, artefact: Artefact) -> Path:

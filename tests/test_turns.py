@@ -218,6 +218,8 @@ def test_every_turn_extends_the_one_before(
     server: Server, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shape = shape_of(server)
+    # Several threads cannot import transformers at once.
+    load_tokenizer(shape=shape)
     all_turns = pytestconfig.getoption("--all-turns")
     numbers = range(ALL_CONVERSATIONS[shape] if all_turns else NUM_CONVERSATIONS)
     num_turns = len(numbers) * (NUM_TURNS - 1)

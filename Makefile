@@ -1,54 +1,79 @@
-# make wheel     build dist/sglang-*.whl
-# make test      build it, install it in an environment of its own, prove the contract
-# make test-full   the same on every kind of server, and store the result by capability
-# make check     prove that the series applies exactly and exports to the same files
-# make wheel-all | test-all | check-all           the same for every release, in full
-# make compatibility   make docs/compatibility.md and the table in README.md of the results
-# make status    how much of upstream each series touches, its upstream status
-# make pins      recompute the hashes of pins.toml
-# make port      start the series of a release: FROM=v0.5.15.post1 TO=v0.5.16
-# make upstream-prs   the patches as pull requests to upstream, in dist/upstream
-# make install   put the wheel over the SGLang of an environment [PYTHON=python]; make uninstall undoes it
-# make test-vllm rollout clients against this and against vLLM (3.5 GB), after make test
-# make apply     put the series on a source tree in place: TREE=path [UPSTREAM=], make unapply TREE=
-# make verify    check a model, or a running server: MODEL=path [ARGS="--url http://..."]
-# make lint      lint the tools and tests, and as upstream does what the patches add and change
-# make bench     measure what ids cost (with valgrind), then make bench/results/report.md (bench-report)
-# make bench-vllm  what asking costs on vLLM, after make bench (3.5 GB)
-# make mutants   break the patch on purpose and see that the tests notice
-# make patch-tree | patch-new | patch-refresh     work on the series as git commits
-# make clean     remove what was built
+# Use it
+#   make wheel          build dist/sglang-*.whl: the stock wheel with the series
+#   make install        put it over the SGLang of an environment: PYTHON=python
+#   make uninstall      go back to stock there
+#   make apply          put the series on a source tree in place: TREE=path
+#   make unapply        take it off again
+#   make verify         check a model: MODEL=path, or a server: ARGS="--url http://..."
+# Test it
+#   make test           build the wheel, install it in an environment of its own, prove the contract
+#   make test-full      the same on every kind of server, and store the result by capability
+#   make test-all       the same for every release
+#   make test-vllm      rollout clients against this and against vLLM (3.5 GB)
+#   make environment    only make that environment, build/env-<release>
+#   make mutants        break the patches and the tools on purpose and see that the tests notice
+#   make compatibility  make docs/compatibility.md and the table in README.md of the results
+# Work on the series
+#   make patch-tree     build/<release>/tree: a git repository, one commit for each patch
+#   make patch-new      commit the changes in it with the header of a patch
+#   make patch-refresh  export the commits to patches/
+#   make check          prove that the series applies exactly and exports to the same files
+#   make check-all      the same for every release, as wheel-all builds every wheel
+#   make lint           lint tools and tests, and as upstream does what the patches add and change
+#   make status         how much of upstream each series touches, and its upstream status
+#   make port           start the series of a release: FROM=v0.5.15.post1 TO=v0.5.16
+#   make pins           recompute the hashes of pins.toml
+#   make upstream-prs   the patches as pull requests to upstream, in dist/upstream
+# Measure it
+#   make bench          measure what ids cost (with valgrind), and make the report
+#   make bench-report   make bench/results/report.md of what was measured
+#   make bench-vllm     measure what asking costs on vLLM, after make bench (3.5 GB)
 #
-# UPSTREAM selects a release of pins.toml, ARGS is passed on. WHEEL_ARGS can name another
-# --python-version and --machine for the releases that have compiled extensions.
+# UPSTREAM=v0.5.23 selects a release of pins.toml, and ARGS is passed on. WHEEL_ARGS can name
+# another --python-version and --machine for the releases that have compiled extensions.
+# `make clean` removes what was built. `python -m tools` lists the commands behind all this.
 
+# Whether the user names them, before they have a value.
+NAMED_RELEASE := $(UPSTREAM)
+NAMED_PYTHON := $(PYTHON)
 UPSTREAM ?= v0.5.15.post1
-PYTHON ?= python
+# With its v or without.
+override UPSTREAM := v$(patsubst v%,%,$(UPSTREAM))
+PYTHON ?= $(or $(shell command -v python),python3)
 RELEASE = --release $(UPSTREAM)
 RELEASES = $(notdir $(wildcard patches/v*))
 ENV = build/env-$(UPSTREAM)
+TOOLS = python3 -m tools
 # Read by the tests.
 export UPSTREAM
 # Images set it, and then every server of a test compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
+help:
+	@sed '/^$$/,$$d; s/^# \{0,1\}//' Makefile
+
 wheel:
 	./build.sh $(RELEASE) $(WHEEL_ARGS)
 
-test: wheel
-	python3 tools/testenv.py $(RELEASE)
+environment: wheel
+	$(TOOLS) environment $(RELEASE) tests
+
+# For what does not need the wheel of the series as it is.
+$(ENV)/bin/python:
+	$(MAKE) environment
+
+test: environment
 	$(ENV)/bin/python -m pytest -m "not full" $(ARGS) tests
 
-test-full: wheel
-	python3 tools/testenv.py $(RELEASE)
+test-full: environment
 	status=0; $(ENV)/bin/python -m pytest --store-results $(ARGS) tests || status=$$?; \
-	    python3 tools/compatibility.py && exit $$status
+	    $(TOOLS) compatibility && exit $$status
 
 check:
-	python3 tools/series.py $(RELEASE) check
+	$(TOOLS) series $(RELEASE) check
 
 check-all:
-	python3 tools/series.py --release all check
+	$(TOOLS) series --release all check
 
 wheel-all: $(addprefix wheel-,$(RELEASES))
 
@@ -61,48 +86,46 @@ test-v%:
 	$(MAKE) test-full UPSTREAM=v$*
 
 compatibility:
-	python3 tools/compatibility.py
+	$(TOOLS) compatibility
 
 status:
-	python3 tools/status.py
+	$(TOOLS) status
 
 pins:
-	python3 tools/pins.py
+	$(TOOLS) pins
 
 port:
-	python3 tools/port.py $(if $(FROM),--from $(FROM)) $(if $(TO),--to $(TO))
+	$(TOOLS) port $(if $(FROM),--from $(FROM)) $(if $(TO),--to $(TO))
 
 upstream-prs:
-	python3 tools/pull_requests.py
+	$(TOOLS) pull-requests
 
 install:
-	python3 tools/install.py $(RELEASE) --python $(PYTHON) $(ARGS)
+	$(TOOLS) install $(RELEASE) --python "$(PYTHON)" $(ARGS)
 
 uninstall:
-	python3 tools/install.py --undo --python $(PYTHON)
+	$(TOOLS) install --undo --python "$(PYTHON)"
 
 apply:
-	python3 tools/apply.py $(if $(filter-out file,$(origin UPSTREAM)),$(RELEASE)) $(TREE)
+	$(TOOLS) apply $(if $(NAMED_RELEASE),$(RELEASE)) $(if $(TREE),"$(TREE)")
 
 unapply:
-	python3 tools/apply.py --undo $(TREE)
+	$(TOOLS) apply --undo $(if $(TREE),"$(TREE)")
 
 verify:
-	$(PYTHON) tools/verify.py $(if $(MODEL),--model $(MODEL)) $(ARGS)
+	"$(PYTHON)" -m tools verify $(if $(MODEL),--model "$(MODEL)") \
+	    $(if $(NAMED_PYTHON),,--otherwise $(ENV)/bin/python) $(ARGS)
 
 lint: build/lint/bin/pre-commit
 	build/lint/bin/pre-commit run --all-files
 
 build/lint/bin/pre-commit:
-	python3 -m venv build/lint
-	build/lint/bin/pip install --quiet --disable-pip-version-check pre-commit==4.5.0
+	$(TOOLS) environment lint
 
-mutants: wheel
-	python3 tools/testenv.py $(RELEASE)
+mutants: environment
 	$(ENV)/bin/python -m tests.break_the_patch $(ARGS)
 
-bench: wheel
-	python3 tools/testenv.py $(RELEASE)
+bench: environment
 	$(ENV)/bin/python -m bench.serving_layer --json bench/results/serving_layer.json
 	$(ENV)/bin/python -m bench.instructions --json bench/results/instructions.json
 	$(ENV)/bin/python -m bench.http_process --json bench/results/http_process.json
@@ -110,26 +133,27 @@ bench: wheel
 	$(ENV)/bin/python -m bench.memory --json bench/results/memory.json
 	$(ENV)/bin/python -m bench.report
 
-bench-vllm:
+bench-vllm: $(ENV)/bin/python
 	$(ENV)/bin/python -m bench.vllm --json bench/results/vllm.json
 
-test-vllm:
-	TEST_VLLM=1 $(ENV)/bin/python -m pytest $(ARGS) tests/test_rollout_clients.py
-
-bench-report:
+bench-report: $(ENV)/bin/python
 	$(ENV)/bin/python -m bench.report
 
+test-vllm: $(ENV)/bin/python
+	TEST_VLLM=1 $(ENV)/bin/python -m pytest $(ARGS) tests/test_rollout_clients.py
+
 patch-tree:
-	python3 tools/series.py $(RELEASE) tree
+	$(TOOLS) series $(RELEASE) tree
 
 patch-new:
-	python3 tools/series.py $(RELEASE) new
+	$(TOOLS) series $(RELEASE) new
 
 patch-refresh:
-	python3 tools/series.py $(RELEASE) refresh
+	$(TOOLS) series $(RELEASE) refresh
 
 clean:
 	rm -rf build dist
 
-.PHONY: wheel wheel-all upstream-prs test test-full test-all compatibility test-vllm check check-all status pins port install uninstall apply unapply verify lint mutants bench bench-vllm bench-report patch-tree patch-new \
-	patch-refresh clean
+.PHONY: help wheel environment test test-full check check-all wheel-all test-all compatibility \
+	status pins port upstream-prs install uninstall apply unapply verify lint mutants bench \
+	bench-vllm bench-report test-vllm patch-tree patch-new patch-refresh clean

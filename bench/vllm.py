@@ -15,7 +15,8 @@ from pathlib import Path
 from bench.common import integers
 from bench.whole_server import CLIENTS, MODES, ONLY, Load, keep, measure
 from testbed.tiny_model import tiny_model_path
-from testbed.vllm import TORCH, VLLM, vllm_server
+from testbed.vllm import VLLM, vllm_server
+from tools.environment import TORCH
 
 
 def main() -> int:

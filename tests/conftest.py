@@ -8,12 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from compatibility import CAPABILITIES, Outcome, Result, capability_of, path_of, series_of
 
 from testbed.pool import ServerPool
 from testbed.project import copy_project
 from testbed.release import ROOT, UPSTREAM
 from testbed.server import MODES, ON_GPU, SHORT_MODES, Server
+from tools.compatibility import (
+    CAPABILITIES,
+    Outcome,
+    Result,
+    capability_of,
+    path_of,
+    series_of,
+)
 
 # What `make test` runs.
 SHORT = "not full"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-import build
 from testbed.project import git, series_patches, tool
 from testbed.release import LOCAL_VERSION, ROOT, STOCK_WHEEL, UPSTREAM, WHEEL
+from tools import build
 
 STOCK = ROOT / "build" / "downloads" / STOCK_WHEEL
 read_wheel = functools.cache(build.read_wheel)
@@ -298,7 +298,7 @@ def test_a_linked_file_is_not_changed_elsewhere(tree: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("failing", range(1, 8, 3))
 def test_a_disk_that_is_full(checkout: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     """A file that cannot be written leaves none written."""
-    import apply as tools_apply
+    from tools import apply as tools_apply
 
     before = snapshot(checkout)
     replace, count = Path.replace, 0

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from testbed.project import (
     tool,
 )
 from testbed.release import LOCAL_VERSION, PINS, ROOT, STOCK_WHEEL, UPSTREAM, VERSION, WHEEL
+from tools.releases import read_pins
 
 # The test environment of the default release has what they need.
 default_only = pytest.mark.skipif(
@@ -62,8 +62,7 @@ def commit_submodule(project: Path, message: str) -> None:
     """Commit what is staged in the submodule, and pin the default release to it."""
     submodule = project / "third_party" / "sglang"
     git(submodule, "commit", "--quiet", "-m", message)
-    pins = tomllib.loads((project / "pins.toml").read_text())
-    commit = pins["releases"][UPSTREAM]["commit"]
+    commit = read_pins(project)["releases"][UPSTREAM]["commit"]
     edit(project / "pins.toml", commit, git(submodule, "rev-parse", "HEAD").strip())
 
 
@@ -103,22 +102,17 @@ def test_submodule_of_another_release(project: Path) -> None:
 
 
 @default_only
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("v9.9.9", []), (VERSION, [f"did you mean {UPSTREAM}?"])],
-    ids=["not pinned", "version in place of tag"],
-)
-def test_unknown_release(project: Path, name: str, words: list[str]) -> None:
-    expect_refusal(project, [f"'{name}'", *words, *PINS["releases"]], args=f"--release {name}")
+def test_unknown_release(project: Path) -> None:
+    expect_refusal(project, ["'v9.9.9'", *PINS["releases"]], args="--release v9.9.9")
 
 
 @default_only
 def test_tests_of_an_unknown_release() -> None:
     command = [PYTHON, "-c", "import testbed.release"]
-    env = {**os.environ, "UPSTREAM": VERSION}
+    env = {**os.environ, "UPSTREAM": "v9.9.9"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode != 0 and result.stderr.count("\n") == 1
-    assert all(word in result.stderr for word in (f"UPSTREAM={VERSION} ", *PINS["releases"]))
+    assert all(word in result.stderr for word in ("UPSTREAM", "'v9.9.9'", *PINS["releases"]))
 
 
 @default_only
@@ -361,7 +355,7 @@ def test_install_refuses(
     shutil.copy(ROOT / "dist" / WHEEL, project / "dist")
     status, _, err = tool(project, "install", "--python", str(python))
     assert status == 1
-    assert err.startswith("install: ") and err.count("\n") == 1
+    assert err.startswith("error: ") and err.count("\n") == 1
     assert all(word in err for word in words), err
 
 
@@ -534,9 +528,9 @@ def test_a_port_stops_at_the_first_conflict(project: Path) -> None:
         ("--to v0.5.24", ["FROM", *PINS["releases"]]),
         (f"--from {UPSTREAM}", ["TO", "not nothing", *PINS["releases"]]),
         (f"--from {UPSTREAM} --to 0.5.24", ["TO", "not 0.5.24", "v0.5.24"]),
-        (f"--from {VERSION} --to v0.5.24", [f"'{VERSION}'", f"did you mean {UPSTREAM}?"]),
+        ("--from v9.9.9 --to v0.5.24", ["'v9.9.9'", *PINS["releases"]]),
     ],
-    ids=["from nothing", "to nothing", "to a version", "from a version"],
+    ids=["from nothing", "to nothing", "to a version", "from an unknown release"],
 )
 def test_a_port_that_is_not_told_what_to_port(project: Path, args: str, words: list[str]) -> None:
     expect_refusal(project, words, name="port", args=args)

@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from compatibility import CAPABILITIES, Outcome, Result, old_pages, old_results, read_results
 
 from testbed.project import edit, patch_of, series_patches, tool
 from testbed.release import ROOT, UPSTREAM
 from tests.conftest import COLLECTED, is_skipped, proved_by
+from tools.compatibility import CAPABILITIES, Outcome, Result, old_pages, old_results, read_results
 
 
 def test_results_are_of_the_series_as_it_is(request: pytest.FixtureRequest) -> None:

@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import pull_requests
 import pytest
-from releases import extract_source, load_release, run
-from series import committer_environment, make_repository, make_tree, read_series
 
 from testbed.release import UPSTREAM
+from tools import pull_requests
+from tools.common import run
+from tools.releases import extract_source, load_release
+from tools.series import committer_environment, make_repository, make_tree, read_series
 
 pytestmark = pytest.mark.skipif(
     UPSTREAM != pull_requests.BASE, reason=f"pull requests are for {pull_requests.BASE}"

@@ -18,26 +18,18 @@ import difflib
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from releases import (
-    Release,
-    ToolError,
-    git_environment,
-    load_release,
-    release_names,
-    release_of_version,
-    run,
-)
-from series import Patch, make_repository, read_diff, read_series
-
-from build import MANIFEST, manifest_of, with_version
+from tools.build import MANIFEST, manifest_of, with_version
+from tools.common import ToolError, git_environment, run
+from tools.releases import Release, load_release, release_names, release_of_version
+from tools.series import Patch, make_repository, read_diff, read_series
 
 DIFF = "PATCHES.diff"
 VERSION = "_version.py"
@@ -395,7 +387,10 @@ def apply(root: Path, name: str | None = None) -> tuple[Release, int]:
     """
     tree = find_tree(root)
     if (tree.package / DIFF).exists():
-        raise ToolError(f"{tree.root} has a series already: run `make unapply TREE={root}` first")
+        raise ToolError(
+            f"{tree.root} has a series already: run "
+            f"`make unapply TREE={shlex.quote(str(root))}` first"
+        )
     if (tree.package / MANIFEST).exists():
         raise ToolError(f"{tree.root} is the patched wheel already: it has {MANIFEST}")
     release = release_of(tree, name)
@@ -403,6 +398,13 @@ def apply(root: Path, name: str | None = None) -> tuple[Release, int]:
     contents = rehearse(tree, release, patches)
     put_all({**contents, tree.package / MANIFEST: manifest_of(release, patches)})
     return release, len(contents) - 1
+
+
+def put_on(root: Path, name: str | None = None) -> None:
+    """Put a series on a tree, and say so and how to undo it."""
+    release, count = apply(root, name)
+    print(f"{root}: sglang {release.local_version}, {count} files changed or added")
+    print(f"undo: make unapply TREE={shlex.quote(str(root))}")
 
 
 def unapply(root: Path) -> int:
@@ -440,27 +442,19 @@ def unapply(root: Path) -> int:
     return len(contents)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "tree", type=Path, nargs="?", help="a git checkout of SGLang or an unpacked package"
     )
-    parser.add_argument("tree", type=Path, help="a git checkout of SGLang or an unpacked package")
     parser.add_argument("--release", help="its release (default: found out from the tree)")
     parser.add_argument("--undo", action="store_true", help="take the series off")
-    args = parser.parse_args(argv)
-    try:
-        if args.undo:
-            count = unapply(args.tree)
-            print(f"{args.tree}: {count} files are as they were")
-        else:
-            release, count = apply(args.tree, args.release)
-            print(f"{args.tree}: {release.local_version}, {count} files changed or added")
-            print(f"undo: make unapply TREE={args.tree}")
-    except ToolError as e:
-        print(f"{'unapply' if args.undo else 'apply'}: {e}", file=sys.stderr)
-        return 1
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.tree is None:
+        raise ToolError("name the source tree: TREE=path")
+    if args.undo:
+        print(f"{args.tree}: {unapply(args.tree)} files are as they were")
+    else:
+        put_on(args.tree, args.release)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,24 +15,14 @@ import io
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 import zipfile
 from pathlib import Path
 
-from releases import (
-    DIST,
-    Release,
-    ToolError,
-    extract_source,
-    fetch,
-    is_source,
-    load_release,
-    say,
-    sha256_of,
-)
-from series import Patch, apply_series, read_series, sha256_of_series
+from tools.common import DIST, say, sha256_of
+from tools.releases import Release, extract_source, fetch, is_source, load_release
+from tools.series import Patch, apply_series, sha256_of_series
 
 # In the package, what `python -m sglang.patches` prints.
 MANIFEST = "PATCHES.json"
@@ -186,8 +176,12 @@ def with_version(text: str, release: Release) -> str:
     )
 
 
-def build(release: Release, python: str | None = None, machine: str | None = None) -> Path:
-    """Build the wheel of a release for a Python and a machine into dist/ and return it."""
+def build(release: Release, python: str | None, machine: str | None) -> tuple[Path, list[Patch]]:
+    """Build the wheel of a release for a Python and a machine into dist/.
+
+    Returns:
+        The wheel, and the series that it has.
+    """
     stock = release.stock_wheel(python, machine)
     wheel = release.built_wheel(python, machine)
     # A wheel of an earlier series must not be taken for that of this one.
@@ -205,29 +199,22 @@ def build(release: Release, python: str | None = None, machine: str | None = Non
     entries[f"sglang/{MANIFEST}"] = manifest_of(release, patches)
     entries[f"{info}/licenses/NOTICE"] = notice_of(release, patches).encode()
     write_wheel(wheel, entries)
-    return wheel
+    return wheel, patches
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--release", help="a release of pins.toml (default: its default)")
     parser.add_argument("--python-version", help="e.g. 3.12 (default: this Python's)")
     parser.add_argument("--machine", help="e.g. aarch64 (default: this machine's)")
-    args = parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> int:
     start = time.monotonic()
-    try:
-        release = load_release(args.release)
-        wheel = build(release, args.python_version, args.machine)
-        series = sha256_of_series(read_series(release))
-    except ToolError as e:
-        print(f"build: {e}", file=sys.stderr)
-        return 1
+    wheel, patches = build(load_release(args.release), args.python_version, args.machine)
     say(f"done in {time.monotonic() - start:.0f} s")
     name = wheel.relative_to(DIST.parent)
-    print(f"wheel    {name}\nsha256   {sha256_of(wheel)}\nseries   {series[:12]}")
+    print(
+        f"wheel    {name}\nsha256   {sha256_of(wheel)}\nseries   {sha256_of_series(patches)[:12]}"
+    )
     print(f"install  pip install --no-deps --force-reinstall {name}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from releases import ROOT, ToolError, load_release, release_names
-from series import read_series, sha256_of_series
+from tools.common import ROOT, ToolError
+from tools.releases import load_release, release_names
+from tools.series import read_series, sha256_of_series
 
 RESULTS = ROOT / "docs" / "compatibility"
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -210,24 +211,17 @@ def old_pages(results: list[Result]) -> list[str]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="fail if anything is out of date")
-    args = parser.parse_args()
-    try:
-        results = read_results()
-        lines = [*old_results(results), *old_pages(results)] if args.check else []
-        if not args.check:
-            for path, text in pages(results).items():
-                path.write_text(text)
-    except ToolError as e:
-        lines = [str(e)]
+
+
+def main(args: argparse.Namespace) -> int:
+    results = read_results()
+    if not args.check:
+        for path, text in pages(results).items():
+            path.write_text(text)
+        return 0
+    lines = [*old_results(results), *old_pages(results)]
     for line in lines:
-        print(f"compatibility: {line}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
     return 1 if lines else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,10 +19,10 @@ import zipfile
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from apply import DIFF, VERSION, apply, blob_of, find_tree, pristine_blobs
-from releases import ROOT, Release, ToolError, fetch, load_release, release_of_version, run, say
-
-from build import MANIFEST
+from tools.apply import DIFF, VERSION, blob_of, find_tree, pristine_blobs, put_on
+from tools.build import MANIFEST
+from tools.common import ROOT, ToolError, run, say
+from tools.releases import Release, fetch, load_release, release_of_version
 
 # Runs in the other environment: says which SGLang is there and what was changed in it.
 INSPECT = """
@@ -246,15 +246,10 @@ def install_in_place(python: str, release: Release) -> None:
     installed = inspect(python)
     if installed.editable is None:
         return install(python, release, replace=False)
-    _, count = apply(installed.tree, release.name)
-    print(f"{installed.tree}: sglang {release.local_version}, {count} files changed or added")
-    print(f"undo: make unapply TREE={shlex.quote(str(installed.tree))}")
+    put_on(installed.tree, release.name)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--release", help="a release of pins.toml (default: its default)")
     parser.add_argument("--python", default="python", help="the environment's Python")
     what = parser.add_mutually_exclusive_group()
@@ -263,19 +258,13 @@ def main() -> int:
         "--in-place", action="store_true", help="patch the tree of an editable install"
     )
     what.add_argument("--undo", action="store_true", help="put the stock wheel back")
-    args = parser.parse_args()
-    try:
-        if args.undo:
-            uninstall(args.python)
-        elif args.in_place:
-            install_in_place(args.python, load_release(args.release))
-        else:
-            install(args.python, load_release(args.release), args.replace)
-    except ToolError as e:
-        print(f"{'uninstall' if args.undo else 'install'}: {e}", file=sys.stderr)
-        return 1
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.undo:
+        uninstall(args.python)
+    elif args.in_place:
+        install_in_place(args.python, load_release(args.release))
+    else:
+        install(args.python, load_release(args.release), args.replace)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

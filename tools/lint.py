@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from releases import ToolError, git_environment, load_release, release_names, run, say
-from series import make_tree, read_series, releases_that_list
+from tools.common import ToolError, git_environment, run, say
+from tools.releases import load_release, release_names
+from tools.series import make_tree, read_series, releases_that_list
 
 # Upstream pins isort 5, black 24 and ruff 0.11, and has no settings beside these.
 RUFF = ["ruff", "check", "--isolated", "--no-cache", "--target-version=py310"]
@@ -157,13 +158,12 @@ def lint(name: str, owned: set[str]) -> list[tuple[str, Finding]]:
     return [(lines[f.file][f.line], f) for f in findings if f.line in lines.get(f.file, {})]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--release", help="of pins.toml (default: all)")
-    args = parser.parse_args()
-    names = [args.release] if args.release else release_names()
+
+
+def main(args: argparse.Namespace) -> int:
+    names = [load_release(args.release).name] if args.release else release_names()
     # A file of ours is the same in all releases.
     owned: dict[str, set[str]] = {name: set() for name in names}
     for patch, releases in releases_that_list().items():
@@ -171,21 +171,13 @@ def main() -> int:
         if first is not None:
             owned[first].add(patch)
     found: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for name, faults in zip(names, pool.map(lint, names, owned.values())):
-                for patch, finding in faults:
-                    key = (patch, finding.file, finding.message)
-                    found.setdefault(key, []).append((finding.line, name))
-    except ToolError as e:
-        print(f"lint: {e}", file=sys.stderr)
-        return 1
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, faults in zip(names, pool.map(lint, names, owned.values())):
+            for patch, finding in faults:
+                key = (patch, finding.file, finding.message)
+                found.setdefault(key, []).append((finding.line, name))
     for (patch, file, message), places in sorted(found.items()):
         line, _ = places[0]
         where = ", ".join(dict.fromkeys(name for _, name in places))
         print(f"{patch}: {file}:{line}: {message} ({where})")
     return 1 if found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

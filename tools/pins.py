@@ -14,18 +14,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from releases import (
-    ROOT,
+from tools.common import ROOT, IndexUnreachable, ToolError, run_pip, say, sha256_of
+from tools.releases import (
     Artefact,
     Release,
-    ToolError,
     fetch,
     is_source,
     load_release,
     release_names,
-    run,
-    say,
-    sha256_of,
     version_key,
 )
 
@@ -66,14 +62,15 @@ def find_wheels(version: str) -> list[Artefact]:
     with tempfile.TemporaryDirectory() as folder:
         for python in PYTHONS:
             for machine in MACHINES:
-                command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-                command += ["--disable-pip-version-check", "--only-binary=:all:"]
-                command += [f"--python-version={python}", f"--abi=cp{python}"]
-                command += ["--implementation=cp"]
+                options = ["--no-deps", "--only-binary=:all:", "--implementation=cp"]
+                options += [f"--python-version={python}", f"--abi=cp{python}"]
                 for glibc in ("2_34", "2_28", "2_17"):
-                    command += [f"--platform=manylinux_{glibc}_{machine}"]
+                    options += [f"--platform=manylinux_{glibc}_{machine}"]
+                options += ["--dest", folder]
                 try:
-                    run([*command, "--dest", folder, f"sglang=={version}"])
+                    run_pip(sys.executable, "download", *options, f"sglang=={version}")
+                except IndexUnreachable:
+                    raise
                 except ToolError:
                     say(f"no wheel for Python {python} on {machine}")
         for path in sorted(Path(folder).glob("*.whl")):
@@ -107,24 +104,15 @@ def add(name: str) -> None:
     pins.write_text(f"{before}\n\n{added}" + (f"\n{after}" if after else ""))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--release", help="only this release (default: all)")
     parser.add_argument("--find", metavar="VERSION", help="print the pins of a new version")
-    args = parser.parse_args()
-    try:
-        if args.find:
-            print(section(f"v{args.find}", find_wheels(args.find)), end="")
-            return 0
-        for name in [args.release] if args.release else release_names():
-            check(load_release(name))
-    except ToolError as e:
-        print(f"pins: {e}", file=sys.stderr)
-        return 1
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.find:
+        print(section(f"v{args.find}", find_wheels(args.find)), end="")
+        return 0
+    for name in [args.release] if args.release else release_names():
+        check(load_release(name))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,19 +12,11 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-import sys
 
-import pins
-from releases import (
-    ROOT,
-    Release,
-    ToolError,
-    extract_source,
-    load_release,
-    release_names,
-    run,
-)
-from series import committer_environment, start_tree, tree_of
+from tools import pins
+from tools.common import ROOT, ToolError, run
+from tools.releases import Release, extract_source, load_release, release_names
+from tools.series import committer_environment, start_tree, tree_of
 
 
 def port(source: Release, target: Release) -> int:
@@ -65,36 +57,31 @@ def port(source: Release, target: Release) -> int:
     return len(patches) - done
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", metavar="RELEASE")
     parser.add_argument("--to", dest="target", metavar="RELEASE")
-    args = parser.parse_args()
-    try:
-        names = ", ".join(release_names())
-        if args.source is None:
-            raise ToolError(f"FROM (--from) names the release to port from: {names}")
-        if args.target is None or not re.fullmatch(r"v\d+\.\d+\.\d+(\.post\d+)?", args.target):
-            raise ToolError(
-                f"TO (--to) names the release to port to by its tag, as in v0.5.24 or "
-                f"v0.5.24.post1, not {args.target or 'nothing'}; pinned are {names}"
-            )
-        source = load_release(args.source)
-        if args.target not in release_names():
-            pins.add(args.target)
-        target = load_release(args.target)
-        left = port(source, target)
-        tree = tree_of(target)
-        name = tree.relative_to(ROOT)
-        if not left:
-            print(f"{name}: every patch applies; run `make patch-refresh UPSTREAM={target.name}`")
-            return 0
-        status = run(["git", "status", "--short"], cwd=tree, env=committer_environment(tree))
-    except ToolError as e:
-        print(f"port: {e}", file=sys.stderr)
-        return 1
+
+
+def main(args: argparse.Namespace) -> int:
+    names = ", ".join(release_names())
+    if args.source is None:
+        raise ToolError(f"FROM (--from) names the release to port from: {names}")
+    if args.target is None or not re.fullmatch(r"v\d+\.\d+\.\d+(\.post\d+)?", args.target):
+        raise ToolError(
+            f"TO (--to) names the release to port to by its tag, as in v0.5.24 or "
+            f"v0.5.24.post1, not {args.target or 'nothing'}; pinned are {names}"
+        )
+    source = load_release(args.source)
+    if args.target not in release_names():
+        pins.add(args.target)
+    target = load_release(args.target)
+    left = port(source, target)
+    tree = tree_of(target)
+    name = tree.relative_to(ROOT)
+    if not left:
+        print(f"{name}: every patch applies; run `make patch-refresh UPSTREAM={target.name}`")
+        return 0
+    status = run(["git", "status", "--short"], cwd=tree, env=committer_environment(tree))
     clashes = [line[3:] for line in status.splitlines() if line[:2] in ("UU", "AA", "DU", "UD")]
     print(f"{name}: {left} patches left; the first of them conflicts in")
     print("".join(f"  {path}\n" for path in clashes), end="")
@@ -103,7 +90,3 @@ def main() -> int:
         f"the end `make patch-refresh UPSTREAM={target.name}`"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

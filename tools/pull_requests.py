@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
-from releases import PATCHES, ROOT, Release, ToolError, extract_source, load_release, run, say
-from series import FORMAT_PATCH, committer_environment, make_repository
+from tools.common import PATCHES, ROOT, ToolError, run, say
+from tools.releases import Release, extract_source, load_release
+from tools.series import FORMAT_PATCH, committer_environment, make_repository
 
 # The newest release, the base of pull requests.
 BASE = "v0.5.23"
@@ -130,22 +130,13 @@ def write_pull_requests(release: Release, target: Path) -> None:
             say(f"{folder.name}: {title} ({count} commits)")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "dist" / "upstream", help="default: dist/upstream"
     )
-    args = parser.parse_args()
-    try:
-        write_pull_requests(load_release(BASE), args.output)
-    except ToolError as e:
-        print(f"pull_requests: {e}", file=sys.stderr)
-        return 1
+
+
+def main(args: argparse.Namespace) -> int:
+    write_pull_requests(load_release(BASE), args.output)
     print(f"{args.output}: apply them in order with `git am`")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -16,14 +12,18 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build"
-DIST = ROOT / "dist"
-PATCHES = ROOT / "patches"
-
-
-class ToolError(Exception):
-    """Something that the user has to put right. Its message is one line."""
+from tools.common import (
+    BUILD,
+    DIST,
+    PATCHES,
+    ROOT,
+    ToolError,
+    git_environment,
+    run,
+    run_pip,
+    say,
+    sha256_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +104,16 @@ class Release:
         return DIST / stock.file.replace(f"-{self.version}-", f"-{self.local_version}-", 1)
 
 
-def read_pins() -> dict[str, object]:
-    with (ROOT / "pins.toml").open("rb") as file:
+def read_pins(root: Path = ROOT) -> dict[str, object]:
+    with (root / "pins.toml").open("rb") as file:
         return tomllib.load(file)
 
 
 def load_release(name: str | None) -> Release:
     """Return a pinned release, the default one for None.
+
+    Args:
+        name: Its tag, with or without the v.
 
     Raises:
         ToolError: If there is no such release.
@@ -119,9 +122,10 @@ def load_release(name: str | None) -> Release:
     releases = pins["releases"]
     assert isinstance(releases, dict)
     name = name or str(pins["default"])
+    if f"v{name}" in releases:
+        name = f"v{name}"
     if name not in releases:
-        meant = f" (did you mean v{name}?)" if f"v{name}" in releases else ""
-        raise ToolError(f"unknown release {name!r}{meant}; known: {', '.join(releases)}")
+        raise ToolError(f"unknown release {name!r}; known: {', '.join(releases)}")
     fields = dict(releases[name])
     wheels = tuple(Artefact(file, sha256) for file, sha256 in fields.pop("wheels").items())
     commit = fields.pop("commit", None)
@@ -144,51 +148,6 @@ def release_of_version(version: str) -> Release | None:
     """Return the pinned release of a version on PyPI, None if there is none."""
     releases = map(load_release, release_names())
     return next((release for release in releases if release.version == version), None)
-
-
-def say(line: str) -> None:
-    """Print a line of progress."""
-    print(f"==> {line}", file=sys.stderr, flush=True)
-
-
-def require(program: str) -> None:
-    """Raise a ToolError unless a program is on PATH."""
-    if shutil.which(program) is None:
-        raise ToolError(f"{program} is not installed or not on PATH")
-
-
-def run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Run a command and return its standard output.
-
-    Raises:
-        ToolError: If it is not installed or fails, with the last line that it printed.
-    """
-    require(command[0])
-    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    if result.returncode != 0:
-        lines = (result.stderr.strip() or result.stdout.strip()).splitlines()
-        last = lines[-1] if lines else f"exit status {result.returncode}"
-        raise ToolError(f"{' '.join(command[:3])} failed: {last}")
-    return result.stdout
-
-
-def git_environment(isolated_below: Path | None = None) -> dict[str, str]:
-    """Return an environment in which git does the same on every machine.
-
-    Args:
-        isolated_below: A folder whose enclosing repositories git must not see. Without
-            it, `git apply` in a folder of this project would silently skip every file.
-    """
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C", "TZ": "UTC"}
-    if isolated_below is not None:
-        env["GIT_CEILING_DIRECTORIES"] = str(isolated_below.resolve())
-    return env
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sha256(path: Path, artefact: Artefact) -> None:
@@ -214,10 +173,7 @@ def fetch(release: Release, artefact: Artefact) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             requirement = f"sglang=={release.version}"
-            run(
-                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind]
-                + ["--disable-pip-version-check", "--dest", folder, requirement]
-            )
+            run_pip(sys.executable, "download", "--no-deps", *kind, "--dest", folder, requirement)
             downloaded = Path(folder) / artefact.file
             if not downloaded.exists():
                 raise ToolError(f"pip downloaded no {artefact.file} for {requirement}")

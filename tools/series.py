@@ -17,24 +17,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from releases import (
-    PATCHES,
-    ROOT,
-    Release,
-    ToolError,
-    extract_source,
-    git_environment,
-    load_release,
-    release_names,
-    require,
-    run,
-    say,
-    sha256_of,
-)
+from tools.common import PATCHES, ROOT, ToolError, git_environment, require, run, say, sha256_of
+from tools.releases import Release, extract_source, load_release, release_names
 
 COMMON = "common"
 FORMAT_PATCH = [
@@ -478,23 +465,14 @@ COMMANDS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--release", help="of pins.toml, or `all` (default: its default)")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (_, text) in COMMANDS.items():
         subparsers.add_parser(name, help=text, description=text)
-    args = parser.parse_args()
-    try:
-        for name in release_names() if args.release == "all" else [args.release]:
-            COMMANDS[args.command][0](load_release(name))
-    except ToolError as e:
-        print(f"series: {e}", file=sys.stderr)
-        return 1
+
+
+def main(args: argparse.Namespace) -> int:
+    for name in release_names() if args.release == "all" else [args.release]:
+        COMMANDS[args.command][0](load_release(name))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 
-from releases import ToolError, load_release, release_names
-from series import Patch, read_series, releases_that_list
+from tools.common import ToolError
+from tools.releases import load_release, release_names
+from tools.series import Patch, read_series, releases_that_list
 
 # The most lines of upstream's files that a series should change: all of it, and what
 # returns token ids.
@@ -86,19 +86,14 @@ def check_one_source(series: dict[str, list[Patch]]) -> None:
                     raise ToolError(f"{file} is added by both {other} and {patch.name}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args()
-    try:
-        series = {name: read_series(load_release(name)) for name in release_names()}
-        known = releases_that_list()
-        check_one_source(series)
-    except ToolError as e:
-        print(f"status: {e}", file=sys.stderr)
-        return 1
+
+
+def main(args: argparse.Namespace) -> int:
+    series = {name: read_series(load_release(name)) for name in release_names()}
+    known = releases_that_list()
+    check_one_source(series)
     if args.json:
         rows = [status(name, patches, known) for name, patches in series.items()]
         print(json.dumps(rows, indent=2))
@@ -106,7 +101,3 @@ def main() -> int:
         texts = [report(name, patches, known) for name, patches in series.items()]
         print("\n\n".join(texts))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

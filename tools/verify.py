@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -18,12 +19,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tools.common import ToolError, say
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -43,8 +47,10 @@ TOOLS = [
 ]
 
 
-class ServerTrouble(Exception):
+class ServerTrouble(ToolError):
     """The checks could not be run. The message is one line."""
+
+    exit_status = 2
 
 
 class Failed(Exception):
@@ -398,11 +404,13 @@ class OwnServer:
     def __init__(self, model: str, flags: list[str], timeout_s: float):
         port = reserve_port()
         self.url = f"http://127.0.0.1:{port}"
-        self.log = Path(f"verify-server-{port}.log")
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
         command += ["--port", str(port), *flags]
-        print(f"starting a server; its log is {self.log}", file=sys.stderr, flush=True)
-        with self.log.open("w") as log:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="verify-server-", suffix=".log", delete=False
+        ) as log:
+            self.log = Path(log.name)
+            say(f"starting a server; its log is {self.log}")
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -418,9 +426,13 @@ class OwnServer:
         while True:
             waited = time.monotonic() - start
             if self.process.poll() is not None:
-                raise ServerTrouble(f"the server ended before it was healthy: see {self.log}")
+                lines = self.log.read_text(errors="replace").split("\n")
+                last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+                raise ServerTrouble(f"the server ended before it was healthy: {last} ({self.log})")
             if waited > timeout_s:
-                raise ServerTrouble(f"the server was not healthy after {timeout_s:.0f} s")
+                raise ServerTrouble(
+                    f"the server was not healthy after {timeout_s:.0f} s: see {self.log}"
+                )
             try:
                 with urllib.request.urlopen(self.url + "/health", timeout=5):
                     return
@@ -428,20 +440,37 @@ class OwnServer:
                 time.sleep(0.5)
             if waited // 10 > shown:
                 shown = int(waited // 10)
-                print(f"waiting for it to be healthy: {waited:.0f} s", file=sys.stderr, flush=True)
+                say(f"waiting for it to be healthy: {waited:.0f} s")
 
     def stop(self) -> None:
         kill_group(self.process)
 
 
-def main() -> int:
-    argv = sys.argv[1:]
-    split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--model PATH] [--url URL] [options] [-- server flags]",
-    )
+def check_usable(args: argparse.Namespace) -> None:
+    """Raise a ServerTrouble if the checks cannot be run, before anything is started."""
+    if not args.url and not args.model:
+        raise ServerTrouble("give --model (MODEL=) to start a server, or --url of a running one")
+    if args.url and args.flags:
+        raise ServerTrouble(
+            "server flags after `--` are for a server that this starts, not for --url"
+        )
+    needed = "transformers" if args.url else "sglang"
+    if importlib.util.find_spec(needed) is None:
+        python = args.otherwise
+        if python and Path(python).exists() and Path(python) != Path(sys.executable):
+            say(f"{sys.executable} has no {needed}: running with {python}")
+            os.execv(python, [python, "-m", "tools", *sys.argv[1:]])
+        raise ServerTrouble(
+            f"{sys.executable} has no {needed}: name a Python that has with PYTHON="
+        )
+    # A name on a hub has one slash at most, and is no path.
+    if args.model and not Path(args.model).exists():
+        if args.model.startswith(("/", ".", "~")) or args.model.count("/") > 1:
+            raise ServerTrouble(f"there is no model at {args.model}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [--model PATH] [--url URL] [options] [-- server flags]"
     parser.add_argument("--model", help="the model, or its tokenizer")
     parser.add_argument("--url", help="a running server; without it, one is started")
     parser.add_argument("--api-key", help="the key of the running server")
@@ -449,22 +478,16 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--timeout", type=float, default=1200, help="seconds to wait for a start")
     parser.add_argument("--json", metavar="FILE", help="also write the results to a file")
-    args = parser.parse_args(argv[:split])
-    flags = argv[split + 1 :]
-    if not args.url and not args.model:
-        parser.error("give --model to start a server, or --url of a running one")
-    if args.url and flags:
-        parser.error("server flags after `--` are for a server that this starts, not for --url")
+    parser.add_argument("--otherwise", metavar="PYTHON", help="to run with if this has no SGLang")
+    parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
 
-    own = None
+
+def main(args: argparse.Namespace) -> int:
+    check_usable(args)
+    own = None if args.url else OwnServer(args.model, args.flags, args.timeout)
     try:
-        if not args.url:
-            own = OwnServer(args.model, flags, args.timeout)
         server = Server(own.url if own else args.url, args.api_key, args.model)
         results = run_checks(server, Options(args.prompt, args.max_tokens))
-    except ServerTrouble as e:
-        print(f"verify: {e}", file=sys.stderr)
-        return 2
     finally:
         if own:
             own.stop()
@@ -473,7 +496,3 @@ def main() -> int:
     if args.json:
         Path(args.json).write_text(json.dumps({"checks": results, **counts}, indent=2) + "\n")
     return 1 if counts["FAIL"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

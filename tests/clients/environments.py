@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
-import venv
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,8 +12,9 @@ from typing import Any, NamedTuple
 
 import requests
 
-from testbed.release import ROOT
 from testbed.tiny_model import tiny_model_path
+from tools.common import BUILD
+from tools.environment import PIP, make_environment, python_of
 
 CLIENTS = Path(__file__).parent
 TIMEOUT_S = 600
@@ -23,20 +22,10 @@ TIMEOUT_S = 600
 
 def client_python(name: str) -> Path:
     """Return the Python that has the packages of requirements-NAME.txt, made once."""
-    env = ROOT / "build" / f"env-clients-{name}"
+    env = BUILD / f"env-clients-{name}"
     requirements = (CLIENTS / f"requirements-{name}.txt").read_text()
-    stamp = env / "stamp"
-    python = env / "bin" / "python"
-    if stamp.exists() and stamp.read_text() == requirements + sys.version:
-        return python
-    venv.create(env, clear=True, symlinks=True)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    pip += ["--python", str(python), "install"]
-    # What is imported is compiled then, which is little of it.
-    options = ["--no-deps", "--no-compile"]
-    subprocess.run([*pip, *options, "-r", CLIENTS / f"requirements-{name}.txt"], check=True)
-    stamp.write_text(requirements + sys.version)
-    return python
+    make_environment(env, [PIP], requirements)
+    return python_of(env)
 
 
 def run_client(environment: str, script: str, url: str, call: str) -> Any:

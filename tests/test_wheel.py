@@ -63,13 +63,17 @@ def test_record_is_right() -> None:
                 assert (digest, int(size)) == (f"sha256={encoded.decode().rstrip('=')}", len(data))
 
 
+def sha256_of_series() -> str:
+    """As anyone can compute it."""
+    command = f"cd patches && cat $(cat {UPSTREAM}/series) | sha256sum"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.split()[0]
+
+
 def test_the_installed_wheel_says_what_it_is() -> None:
     command = [sys.executable, "-m", "sglang.patches"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    # As anyone can compute it.
-    compute = f"cd patches && cat $(cat {UPSTREAM}/series) | sha256sum"
-    digest = subprocess.run(compute, shell=True, cwd=ROOT, capture_output=True, text=True).stdout
-    assert listing.splitlines()[0].endswith(f"patches, series {digest[:12]}")
+    assert listing.splitlines()[0].endswith(f"patches, series {sha256_of_series()[:12]}")
     for patch in series_patches(ROOT):
         assert f"  {patch.parent.name}/{patch.name}  " in listing
         assert hashlib.sha256(patch.read_bytes()).hexdigest()[:16] in listing
@@ -82,6 +86,11 @@ def test_the_installed_wheel_says_what_it_is() -> None:
 def test_the_server_says_what_it_is(server: Server) -> None:
     info = requests.get(f"{server.url}/get_server_info", timeout=30).json()
     assert info["version"] == LOCAL_VERSION
+    assert info["patches"] == {
+        "release": UPSTREAM,
+        "series": [f"{patch.parent.name}/{patch.name}" for patch in series_patches(ROOT)],
+        "series_sha256": sha256_of_series(),
+    }
 
 
 def test_compiled_extensions_are_untouched() -> None:

@@ -47,7 +47,8 @@ CAPABILITIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("test_trainer_routes", "test_all_or_nothing"),
     ),
     "provenance": (
-        "`/get_server_info` says the build, `python -m sglang.patches` its patches and their hash",
+        "`/get_server_info` and `python -m sglang.patches` say the release, the series and its "
+        "hash",
         ("test_wheel",),
     ),
 }

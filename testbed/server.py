@@ -66,6 +66,8 @@ STOCK_TAKES_INPUT_IDS = NUMBER >= (0, 5, 15)
 STOCK_TRACKS_VERSIONS = NUMBER >= (0, 5, 20)
 # Between them an update that flushes the cache ends the server if a request is waiting.
 FLUSHES_WHILE_REQUESTS_WAIT = NUMBER < (0, 5, 10) or NUMBER >= (0, 5, 23)
+# Whether the CPU engine wants cores for the ranks of all replicas rather than of each.
+BINDS_ALL_RANKS = NUMBER >= (0, 5, 23)
 CRASH_DUMPS = ROOT / "build" / "crash-dumps" / UPSTREAM
 
 SMALLEST_LAYERS = {
@@ -146,7 +148,10 @@ MODES: dict[str, Mode] = {
         env=(("SGLANG_CPU_OMP_THREADS_BIND", "0|1"),),
     ),
     # These cannot keep the old weights if something is wrong with the new ones.
-    "trainer_dp": Mode(("--enable-trainer-routes", "--dp-size=2")),
+    "trainer_dp": Mode(
+        ("--enable-trainer-routes", "--dp-size=2"),
+        env=(("SGLANG_CPU_OMP_THREADS_BIND", "0|1"),) if BINDS_ALL_RANKS else (),
+    ),
     "trainer_dummy": Mode(("--enable-trainer-routes", "--load-format=dummy"), without_weights=True),
     "trainer_lora": Mode(
         (

@@ -106,6 +106,7 @@ MODES: dict[str, Mode] = {
     "stock": Mode(stock=True, spawns=True),
     "default": Mode(spawns=True),
     "default_on": Mode(("--return-token-ids",)),
+    "default_agents": Mode(("--return-token-ids-endpoints=completions,messages,responses",)),
     "stream_output": Mode((INCREMENTAL,)),
     "stream_interval": Mode(("--stream-interval=4",)),
     "stream_output_interval": Mode((INCREMENTAL, "--stream-interval=3")),

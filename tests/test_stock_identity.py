@@ -20,6 +20,7 @@ import pytest
 from testbed.client import TOOL, flush_cache, tool_call
 from testbed.comparison import TRIES, ask, join_stream
 from testbed.pool import ServerPool
+from testbed.tiny_model import tiny_model_path
 
 Request = tuple[str, dict[str, Any]]
 ASKING = {"return_token_ids": True}
@@ -72,8 +73,21 @@ GENERATE: list[dict[str, Any]] = [
     {"input_ids": []},
 ]
 ANTHROPIC: list[dict[str, Any]] = [
-    {"model": "m", "max_tokens": 8, "messages": MESSAGES, "temperature": 0},
-    {"model": "m", "max_tokens": 8, "messages": [], "temperature": 0},
+    {},
+    {"messages": []},
+    {"system": "Be brief.", "stop_sequences": ["x"], "top_k": 5},
+    {"tools": [{"name": "f", "input_schema": {"type": "object"}}]},
+    {"logprobs": True, "return_token_ids": False},
+    {"max_tokens": 0},
+    {"messages": "none"},
+]
+RESPONSES: list[dict[str, Any]] = [
+    {},
+    {"input": MESSAGES, "instructions": "Be brief.", "store": False},
+    {"tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}]},
+    {"logprobs": True, "return_token_ids": False},
+    {"previous_response_id": "resp_none"},
+    {"input": 3},
 ]
 OLLAMA: list[dict[str, Any]] = [
     {"model": "m", "messages": MESSAGES, "options": GREEDY},
@@ -86,7 +100,6 @@ ONCE: list[Request] = [
     ("/v1/score", {"query": "a"}),
     ("/v1/tokenize", {"model": "m", "prompt": "日本語"}),
     ("/v1/detokenize", {"model": "m", "tokens": [70, 71]}),
-    ("/v1/responses", {"model": "m", "input": "a", "max_output_tokens": 8, "temperature": 0}),
     ("/api/generate", {"model": "m", "prompt": "a", "stream": False, "options": GREEDY}),
     ("/v1/messages/count_tokens", {"model": "m", "messages": MESSAGES}),
     ("/v1/nowhere", {}),
@@ -97,11 +110,16 @@ def requests_of(path: str) -> list[dict[str, Any]]:
     chat = {"model": "m", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
     completion = {"model": "m", "prompt": "Once upon", "temperature": 0, "max_tokens": 12}
     params = {"sampling_params": {"temperature": 0, "max_new_tokens": 8}}
+    message = {"model": "m", "messages": MESSAGES, "temperature": 0, "max_tokens": 8}
+    # Later releases want the name of the model.
+    model = str(tiny_model_path())
+    response = {"model": model, "input": "a", "temperature": 0, "max_output_tokens": 8}
     variants: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         "/v1/chat/completions": (chat, CHAT),
         "/v1/completions": (completion, COMPLETIONS),
         "/generate": (params, GENERATE),
-        "/v1/messages": ({}, ANTHROPIC),
+        "/v1/messages": (message, ANTHROPIC),
+        "/v1/responses": (response, RESPONSES),
         "/api/chat": ({}, OLLAMA),
     }
     base, cases = variants[path]
@@ -113,6 +131,7 @@ def requests_of(path: str) -> list[dict[str, Any]]:
 ASKING_ENDPOINTS = ["/v1/chat/completions", "/v1/completions"]
 OTHERS = [("/generate", b) for b in requests_of("/generate")]
 OTHERS += [("/v1/messages", b) for b in requests_of("/v1/messages")]
+OTHERS += [("/v1/responses", b) for b in requests_of("/v1/responses")]
 OTHERS += [("/api/chat", b) for b in requests_of("/api/chat")]
 OTHERS += ONCE
 ALL = [(path, body) for path in ASKING_ENDPOINTS for body in requests_of(path)] + OTHERS

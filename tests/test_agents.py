@@ -1,0 +1,504 @@
+"""Exact token ids on /v1/messages and /v1/responses, which agents speak."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+import requests
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from testbed.agents import (
+    BODIES,
+    FIELDS,
+    LAST_EVENTS,
+    MESSAGES,
+    MESSAGES_TOOL,
+    RESPONSES,
+    RESPONSES_TOOL,
+    STREAMS_RESPONSES,
+    TEXTS,
+    Read,
+    ask_stream,
+    ask_whole,
+    events_of,
+    messages,
+    read_stream,
+    read_whole,
+    without_ids,
+)
+from testbed.client import CHAT, post
+from testbed.scripted import (
+    PROMPT_IDS,
+    Plan,
+    Serving,
+    Step,
+    marks_in,
+    num_ids_behind,
+    serve,
+)
+from testbed.server import INCREMENTAL, STOCK_TRACKS_VERSIONS, Server
+from testbed.tiny_model import load_tokenizer
+from tests.test_token_ids_property import plans
+
+PATHS = [MESSAGES, RESPONSES]
+ASKING = {"return_token_ids": True, "logprobs": True}
+endpoints = pytest.mark.parametrize("path", PATHS)
+default = pytest.mark.parametrize("server", ["default"], indirect=True)
+# How outputs reach the handlers.
+STREAMING = [
+    "default",
+    "stream_output",
+    "stream_interval",
+    "stream_output_interval",
+    "overlap",
+    "workers2",
+    "retract",
+    "reasoning",
+]
+NUM_CLIENTS = 8
+NUM_EXAMPLES = 60
+# How much of a stream there is before it is aborted.
+NUM_LINES = 40
+
+
+def shown_by(value: Any) -> str:
+    """All the text that an answer or an event shows."""
+    if isinstance(value, dict):
+        keys = ("text", "thinking", "delta", "content", "output", "content_block")
+        return "".join(shown_by(value[key]) for key in keys if key in value)
+    if isinstance(value, list):
+        return "".join(map(shown_by, value))
+    return value if isinstance(value, str) else ""
+
+
+def check(path: str, read: Read, is_streamed: bool) -> None:
+    """What can be seen in one answer of a real server."""
+    assert len(read.ids) == read.num_tokens, "C2"
+    assert len(read.logprobs) == len(read.ids), "C5"
+    assert all(value <= 0 for value in read.logprobs)
+    decoded = load_tokenizer(qwen=True).decode(read.ids)
+    events = [event for _, event in read.sent if "delta" in event["type"]]
+    text = shown_by(events if is_streamed else read.answer)
+    if "\ufffd" not in text + decoded:
+        # Without special tokens.
+        assert not text or text.strip() in decoded, "C1"
+    if is_streamed and path == RESPONSES:
+        assert read.answer["token_ids"] == read.ids
+        assert read.answer["token_logprobs"] == read.logprobs
+        assert read.answer["prompt_token_ids"] == read.prompt
+
+
+@pytest.mark.clause("C1", "C2", "C3", "C5", "C6", "C7")
+@endpoints
+@pytest.mark.parametrize("server", STREAMING, indirect=True)
+def test_whole_and_streamed(server: Server, path: str) -> None:
+    make = BODIES[path]
+    key = "messages" if path == MESSAGES else "input"
+    for content in ("Say something, 日本語.", "b", "The quick", "naïve café?"):
+        said = [{"role": "user", "content": content}]
+        body = make(**ASKING, **{key: said}, model=model_of(server))
+        whole, streamed = ask_whole(server, path, body), ask_stream(server, path, body)
+        check(path, whole, False)
+        check(path, streamed, True)
+        assert len(streamed.logprobs) == len(whole.logprobs)
+        assert whole.prompt == streamed.prompt
+        if server.name != "retract":
+            # What is computed again may come out otherwise.
+            assert whole.ids == streamed.ids
+        chat = {"model": "m", "messages": said, "max_tokens": 1, "return_token_ids": True}
+        assert post(server, CHAT, chat)["prompt_token_ids"] == whole.prompt
+        if server.name != "workers2" or STOCK_TRACKS_VERSIONS:
+            spans = [{"version": "default", "start": 0, "end": len(whole.ids)}]
+            assert whole.versions == streamed.versions == spans
+
+
+@pytest.mark.clause("C1", "C2", "C3", "C7")
+@endpoints
+@pytest.mark.parametrize("server", STREAMING, indirect=True)
+def test_under_load(server: Server, path: str) -> None:
+    body = BODIES[path](80, **ASKING, model=model_of(server)) | {"temperature": 1.0}
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        for read in pool.map(lambda _: ask_stream(server, path, body), range(NUM_CLIENTS)):
+            check(path, read, True)
+
+
+def model_of(server: Server) -> str:
+    models = requests.get(f"{server.url}/v1/models", timeout=30).json()
+    return str(models["data"][0]["id"])
+
+
+@pytest.mark.clause("C7")
+@pytest.mark.parametrize("path", PATHS if STREAMS_RESPONSES else [MESSAGES])
+@default
+def test_an_abort(server: Server, path: str) -> None:
+    body = BODIES[path](200, **ASKING, stream=True) | {"temperature": 1.0}
+    with server.slowed_down():
+        response = requests.post(server.url + path, json=body, timeout=120, stream=True)
+        lines = response.iter_lines(chunk_size=1)
+        text = list(itertools.islice(lines, NUM_LINES))
+        abort = {"rid": "", "abort_all": True}
+        assert requests.post(f"{server.url}/abort_request", json=abort, timeout=30).ok
+    text += lines
+    events = events_of(b"\n".join(text).decode())
+    assert events[-1]["type"] in ("message_stop", *LAST_EVENTS)
+    read = read_stream(path, events)
+    assert 0 < len(read.ids) < 200
+    # A response that has failed does not tell its usage.
+    assert read.num_tokens in (len(read.ids), -1)
+    assert len(read.logprobs) == len(read.ids)
+    if path == RESPONSES:
+        assert read.answer["token_ids"] == read.ids
+
+
+@pytest.mark.clause("C9")
+@endpoints
+@default
+def test_asking(server: Server, path: str) -> None:
+    header = "X-Return-Token-Ids"
+    url, body = server.url + path, BODIES[path]()
+
+    def has_ids(body: dict[str, Any], **headers: str) -> bool:
+        response = requests.post(url, json=body, headers=headers, timeout=60)
+        assert response.status_code == 200, response.text
+        present = [key for key in FIELDS if key in response.json()]
+        assert len(present) in (0, 3)
+        return bool(present)
+
+    assert not has_ids(body)
+    assert has_ids(body | {"return_token_ids": True})
+    assert has_ids(body, **{header: "1"})
+    assert not has_ids(body, **{header: "0"})
+    assert not has_ids(body | {"return_token_ids": False}, **{header: "1"})
+    assert has_ids(body | {"return_token_ids": True}, **{header: "0"})
+    assert not has_ids(body | {"logprobs": True})
+    assert not ask_whole(server, path, body, **{header: "1"}).logprobs
+
+
+@pytest.mark.clause("C9")
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+@default
+def test_the_header_on_chat_and_completions(server: Server, path: str) -> None:
+    body: dict[str, Any] = {"model": "m", "max_tokens": 4, "prompt": "a", "messages": TEXTS}
+    body.pop("prompt" if path == CHAT else "messages")
+
+    def has_ids(value: str, **fields: Any) -> bool:
+        headers = {"X-Return-Token-Ids": value}
+        response = requests.post(server.url + path, json=body | fields, headers=headers, timeout=60)
+        assert response.status_code == 200, response.text
+        return "token_ids" in response.json()["choices"][0]
+
+    assert has_ids("1") and not has_ids("0")
+    assert not has_ids("1", return_token_ids=False)
+    bad = requests.post(
+        server.url + path, json=body, headers={"X-Return-Token-Ids": "maybe"}, timeout=60
+    )
+    assert bad.status_code == 400 and "X-Return-Token-Ids" in bad.text
+
+
+@pytest.mark.clause("C9")
+@pytest.mark.parametrize("server", ["default_agents"], indirect=True)
+def test_endpoints_that_the_server_names(server: Server) -> None:
+    def has_ids(path: str, body: dict[str, Any]) -> bool:
+        return "token_ids" in json.dumps(post(server, path, body))
+
+    for path in PATHS:
+        assert has_ids(path, BODIES[path]())
+        assert not has_ids(path, BODIES[path](return_token_ids=False))
+        assert ask_stream(server, path, BODIES[path](logprobs=True)).logprobs
+        # A default never makes a request fail that stock serves.
+        assert has_ids(path, BODIES[path](logprobs="yes"))
+    assert not has_ids(RESPONSES, BODIES[RESPONSES](background=True))
+    assert has_ids("/v1/completions", {"model": "m", "prompt": "a", "max_tokens": 4})
+    assert not has_ids(CHAT, {"model": "m", "messages": TEXTS, "max_tokens": 4})
+
+
+@pytest.mark.clause("C9")
+def test_names_that_are_no_endpoint() -> None:
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", "nowhere"]
+    result = subprocess.run(
+        [*command, "--return-token-ids-endpoints=chat,chats"], capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    [line] = [line for line in result.stderr.splitlines() if "'chats'" in line]
+    assert "--return-token-ids-endpoints" in line
+    assert "chat, completions, messages, responses" in line
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.clause("C10")
+@endpoints
+@default
+def test_bad_input(server: Server, path: str) -> None:
+    cases = [
+        ({"return_token_ids": "yes"}, "return_token_ids"),
+        ({"return_token_ids": 1}, "return_token_ids"),
+        ({"return_token_ids": True, "logprobs": 3}, "logprobs"),
+    ]
+    if path == RESPONSES:
+        cases.append(({"return_token_ids": True, "background": True}, "background"))
+    for stream in (False, True):
+        for fields, name in cases:
+            body = BODIES[path](**fields, stream=stream)
+            response = requests.post(server.url + path, json=body, timeout=60)
+            assert response.status_code == 400, response.text
+            error = response.json()["error"]
+            assert name in error["message"] and error["type"] == "invalid_request_error"
+    headers = {"X-Return-Token-Ids": "maybe"}
+    response = requests.post(server.url + path, json=BODIES[path](), headers=headers, timeout=60)
+    assert response.status_code == 400 and "X-Return-Token-Ids" in response.text
+    ask_whole(server, path, BODIES[path](return_token_ids=True))
+
+
+@pytest.mark.clause("C1", "C2")
+@default
+def test_anthropic_sdk(server: Server) -> None:
+    client = anthropic.Anthropic(
+        base_url=server.url, api_key="none", default_headers={"X-Return-Token-Ids": "1"}
+    )
+    said: Any = {"model": "m", "max_tokens": 24, "messages": TEXTS}
+    said["extra_body"] = {"temperature": 0}
+    message = client.messages.create(**said)
+    extra = message.model_extra or {}
+    assert len(extra["token_ids"]) == message.usage.output_tokens
+    ids: list[int] = []
+    with client.messages.stream(**said) as stream:
+        for event in stream:
+            # The SDK sends events of its own beside those of the server.
+            if event.type in ("content_block_delta", "message_delta"):
+                ids += (event.model_extra or {}).get("token_ids", [])
+            elif event.type == "message_start":
+                prompt = (event.message.model_extra or {})["prompt_token_ids"]
+        [shown] = stream.get_final_message().content
+    assert shown.text == message.content[0].text
+    assert ids == extra["token_ids"] and prompt == extra["prompt_token_ids"]
+
+
+@pytest.mark.clause("C1", "C2")
+@default
+def test_openai_sdk(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    body = BODIES[RESPONSES]()
+    asked: Any = {**body, "extra_body": {"return_token_ids": True}}
+    response = client.responses.create(**asked)
+    extra = response.model_extra or {}
+    assert extra["token_ids"] and extra["prompt_token_ids"]
+    with client.responses.create(**asked, stream=True) as stream:
+        events = list(stream)
+    last = events[-1].response.model_extra
+    assert last["token_ids"] == extra["token_ids"]
+    ids = [i for e in events for i in (e.model_extra or {}).get("token_ids", [])]
+    if any(event.type == "response.output_item.done" for event in events):
+        assert ids == last["token_ids"]
+
+
+# The real handlers over a scripted engine.
+
+
+def http_request(body: dict[str, Any], **headers: str) -> Any:
+    from starlette.requests import Request
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": raw}
+    return Request(scope, receive)
+
+
+@dataclasses.dataclass
+class Agents:
+    """The handlers of both endpoints over a scripted engine."""
+
+    serving: Serving
+
+    def __post_init__(self) -> None:
+        from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
+        from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
+
+        handlers = self.serving.handlers
+        self.messages = AnthropicServing(handlers.chat)
+        self.responses = OpenAIServingResponses(handlers.manager, handlers.templates)
+
+    def ask(self, path: str, body: dict[str, Any], plan: Plan) -> Any:
+        """Return the answer, or the events of a stream."""
+        self.serving.engine.start(plan)
+        return self.serving.loop.run_until_complete(self._ask(path, body))
+
+    async def _ask(self, path: str, body: dict[str, Any]) -> Any:
+        from sglang.srt.entrypoints import agent_token_ids
+        from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+        from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
+
+        raw, server_args = http_request(body), self.serving.handlers.manager.server_args
+        if path == MESSAGES:
+            asked = AnthropicMessagesRequest(**body)
+            result = await agent_token_ids.handle_messages(self.messages, asked, raw, server_args)
+        else:
+            asked = ResponsesRequest(**body)
+            result = await agent_token_ids.create_responses(self.responses, asked, raw, server_args)
+        chunks = getattr(result, "body_iterator", result)
+        if hasattr(chunks, "__aiter__"):
+            return events_of("".join([chunk async for chunk in chunks]))
+        if isinstance(result, dict):
+            return result
+        return json.loads(getattr(result, "body", None) or result.model_dump_json())
+
+
+FLAGS = {
+    "cumulative": ["--tool-call-parser=qwen", "--reasoning-parser=qwen3"],
+    "incremental": ["--tool-call-parser=qwen", "--reasoning-parser=qwen3", INCREMENTAL],
+    "pythonic": ["--tool-call-parser=pythonic", "--reasoning-parser=deepseek-r1"],
+}
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def agents(request: pytest.FixtureRequest) -> Iterator[Agents]:
+    with serve(*FLAGS[request.param]) as serving:
+        yield Agents(serving)
+
+
+@st.composite
+def single_plans(draw: st.DrawFn) -> Plan:
+    """The output of a request for one choice."""
+    plan = draw(plans(with_tags=True))
+    schedule = [entry for entry in plan.schedule if entry[0] == 0]
+    for step in plan.choices[0]:
+        # In no order.
+        step.ids = [7919 * i % 10007 for i in step.ids]
+    return Plan(plan.choices[:1], plan.finish[:1], schedule, plan.reasoning)
+
+
+def without_random(value: Any) -> Any:
+    """An answer or events without what is drawn at random for each."""
+    if isinstance(value, list):
+        return [without_random(item) for item in value]
+    if isinstance(value, dict):
+        random = ("id", "call_id", "item_id", "created_at", "completed_at")
+        return {k: "drawn" if k in random else without_random(v) for k, v in value.items()}
+    return value
+
+
+@pytest.mark.clause("C1", "C2", "C3", "C4", "C5", "C6", "C11")
+@endpoints
+@settings(
+    max_examples=NUM_EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(plan=single_plans(), stream=st.booleans(), with_tools=st.booleans())
+def test_any_output(agents: Agents, path: str, plan: Plan, stream: bool, with_tools: bool) -> None:
+    """Thoughts, text and calls, whole and broken, in steps of any size."""
+    tool = MESSAGES_TOOL if path == MESSAGES else RESPONSES_TOOL
+    with_tools = with_tools and (path == MESSAGES or STREAMS_RESPONSES)
+    body = BODIES[path](200, stream=stream, **({"tools": [tool]} if with_tools else {}))
+    plain = agents.ask(path, body, plan)
+    answer = agents.ask(path, body | ASKING, plan)
+    ids = plan.ids(0)
+    if isinstance(plain, dict):
+        assert without_random(without_ids(answer)) == without_random(plain), "C11"
+        if "usage" not in plain:
+            return
+        read = read_whole(answer)
+    else:
+        read = read_stream(path, answer)
+        assert without_random([event for _, event in read.sent]) == without_random(plain), "C11"
+        if any(event["type"] in ("error", "response.failed") for event in plain):
+            return
+        for num_sent, event in read.sent:
+            if "delta" in event["type"] or "content_block" in event:
+                for mark in marks_in(event.get("delta") or event.get("content_block") or {}):
+                    assert num_sent >= num_ids_behind(plan, 0, mark), "C4"
+        if path == RESPONSES:
+            assert read.answer["token_ids"] == ids
+            assert read.answer["token_logprobs"] == [-float(i) for i in ids]
+            assert len(read.answer["prompt_token_ids"]) == len(PROMPT_IDS)
+            if not any(e["type"].endswith(("delta", "item.done")) for _, e in read.sent):
+                return
+    assert read.ids == ids, "C1, C2, C3"
+    assert read.logprobs == [-float(i) for i in ids], "C5"
+    assert len(read.prompt) == len(PROMPT_IDS), "C6"
+
+
+@pytest.mark.clause("C4")
+@pytest.mark.parametrize("agents", ["cumulative"], indirect=True)
+def test_the_start_of_a_call_has_the_ids_of_its_name(agents: Agents) -> None:
+    texts = ['<tool_call>\n{"name": "f", "arguments": {', '"a": "b"', "}}\n</tool_call>"]
+    steps = [Step([10 * i + 3, 10 * i + 2], text) for i, text in enumerate(texts)]
+    schedule = [(0, 12)] * len(steps)
+    plan = Plan([steps], [{"type": "stop", "matched": 3}], schedule, (0, 0))
+    body = messages(200, stream=True, tools=[MESSAGES_TOOL], **ASKING)
+    read = read_stream(MESSAGES, agents.ask(MESSAGES, body, plan))
+    starts = [n for n, event in read.sent if event["type"] == "content_block_start"]
+    # Streams of early releases lose this call.
+    assert starts == ([2] if STREAMS_RESPONSES else []) and read.ids == plan.ids(0)
+
+
+class ToolContext:
+    """A conversation in which the server runs a tool of its own, once."""
+
+    def __init__(self, agents: Agents, plan: Plan):
+        self.agents = agents
+        self.plan = plan
+        self.num_calls = 0
+
+    def append_output(self, output: Any) -> None:
+        pass
+
+    def need_builtin_tool_call(self) -> bool:
+        return self.num_calls == 0
+
+    async def call_tool(self) -> list[Any]:
+        self.num_calls += 1
+        self.agents.serving.engine.start(self.plan)
+        return []
+
+    def render_for_completion(self) -> list[int]:
+        return [9, 8, 7, 6]
+
+
+@pytest.mark.clause("C1", "C2", "C5", "C6")
+def test_generations_of_a_server_that_runs_tools(agents: Agents) -> None:
+    from sglang.srt.entrypoints.agent_token_ids import _Asked, _ResponsesAnswer
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    def plan(ids: list[int], num_prompt_ids: int) -> Plan:
+        finish = [{"type": "stop", "matched": 3}]
+        return Plan([[Step(ids, "a")]], finish, [(0, 0)], (0, 0), num_prompt_ids)
+
+    answer = _ResponsesAnswer(_Asked(by_itself=True, with_logprobs=True))
+    handler = answer.watch(agents.responses, None, None, 0)
+    params = {"max_new_tokens": 8}
+    request = GenerateReqInput(input_ids=PROMPT_IDS, sampling_params=params, rid="r", stream=True)
+
+    async def generate() -> None:
+        context = ToolContext(agents, plan([30, 31], 4))
+        async for _ in handler._generate_with_builtin_tools("r", [], request, params, context):
+            pass
+
+    agents.serving.engine.start(plan([10, 11, 12], 3))
+    agents.serving.loop.run_until_complete(generate())
+    fields = answer.all_fields()
+    for entry in fields["generations"]:
+        entry.pop("weight_versions", None)
+    first = {"token_ids": [10, 11, 12], "token_logprobs": [-10.0, -11.0, -12.0]}
+    second = {"token_ids": [30, 31], "token_logprobs": [-30.0, -31.0]}
+    assert fields == {
+        "prompt_token_ids": PROMPT_IDS,
+        "token_ids": [10, 11, 12, 30, 31],
+        "token_logprobs": [-10.0, -11.0, -12.0, -30.0, -31.0],
+        "generations": [
+            {"prompt_token_ids": PROMPT_IDS, **first},
+            {"prompt_token_ids": [9, 8, 7, 6], **second},
+        ],
+    }

@@ -38,6 +38,7 @@ from testbed.agents import (
     without_ids,
 )
 from testbed.client import CHAT, post
+from testbed.release import NUMBER
 from testbed.scripted import (
     PROMPT_IDS,
     Plan,
@@ -502,3 +503,52 @@ def test_generations_of_a_server_that_runs_tools(agents: Agents) -> None:
             {"prompt_token_ids": [9, 8, 7, 6], **second},
         ],
     }
+
+
+SAID = ["What is the weather?", "And in 東京?", "Thanks."]
+
+
+def check_turns(turns: list[Read]) -> None:
+    for number, (turn, following) in enumerate(zip(turns, turns[1:])):
+        ids = turn.prompt + turn.ids
+        assert following.answer["prefix"] == {"kept_tokens": len(ids), "reason": None}, number
+        assert following.prompt[: len(ids)] == ids
+
+
+@pytest.mark.parametrize("server", ["turns_qwen3"], indirect=True)
+def test_turns_of_messages_extend_each_other(server: Server) -> None:
+    said: list[dict[str, Any]] = []
+    turns = []
+    for content in SAID:
+        said.append({"role": "user", "content": content})
+        body = messages(**ASKING, messages=said, system="messages") | {"temperature": 1.0}
+        turns.append(ask_whole(server, MESSAGES, body))
+        said.append({"role": "assistant", "content": turns[-1].answer["content"]})
+    check_turns(turns)
+
+
+@pytest.mark.skipif(
+    not STREAMS_RESPONSES or NUMBER >= (0, 5, 23),
+    reason="stock leaves the reply out, or keeps no responses unless asked",
+)
+@pytest.mark.parametrize("way", ["items", "previous_response_id"])
+@pytest.mark.parametrize("server", ["turns_qwen3"], indirect=True)
+def test_turns_of_responses_extend_each_other(server: Server, way: str) -> None:
+    said: list[dict[str, Any]] = []
+    turns: list[Read] = []
+    for number, content in enumerate(SAID):
+        said.append({"role": "user", "content": content})
+        fields: dict[str, Any] = {"input": said, "model": model_of(server)}
+        if way == "previous_response_id" and turns:
+            fields |= {"input": said[-1:], "previous_response_id": turns[-1].answer["id"]}
+        body = BODIES[RESPONSES](**ASKING, **fields) | {"temperature": 1.0}
+        if way == "items":
+            body["instructions"] = way
+        ask = ask_stream if number % 2 else ask_whole
+        turns.append(ask(server, RESPONSES, body))
+        for item in turns[-1].answer["output"]:
+            # As Codex does. Stock cannot read an item that is whole.
+            [part] = item["content"]
+            parts = [{"type": "output_text", "text": part["text"]}]
+            said.append({"type": "message", "role": "assistant", "content": parts})
+    check_turns(turns)

@@ -1,4 +1,4 @@
-"""Make a page with tables and plots of the results.
+"""Make a page with tables and plots of the results, and the chart of README.md.
 
     python -m bench.report [--results FOLDER] [--output FOLDER]
 
@@ -8,6 +8,7 @@ Exit status: 0, or 2 if there are no results.
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import statistics
 import sys
@@ -63,6 +64,17 @@ NOTES = {
         "by 8 client processes: a random Qwen2-shaped model of 1.2 B parameters, CUDA graphs on, "
         "and a word for each token, so that each is a chunk of its own."
     ),
+}
+
+# The chart of README.md: what it is of, and its bars with their names there.
+CHART = "cost.svg"
+CHART_KIND, CHART_CASE = "serving_layer", "chat, streamed"
+BARS = {
+    "stock": "stock",
+    "patched, ids": "ids",
+    "patched, ids and logprobs": "ids and log-probabilities",
+    "stock, logprobs": "stock's log-probabilities",
+    "stock, tokenized again": "stock, tokenized again",
 }
 
 
@@ -129,6 +141,49 @@ def plot(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
+def chart(result: dict[str, Any]) -> str | None:
+    """Return an SVG with a bar for each of BARS that was measured, None if none was.
+
+    The bars are as long as the median figures, and say the median ratio to the first one.
+    """
+    rows = [Row(**row) for row in result["rows"]]
+    tokens = max((row.tokens for row in rows if row.case == CHART_CASE), default=0)
+    found = {row.variant: row for row in rows if (row.case, row.tokens) == (CHART_CASE, tokens)}
+    bars = [(label, found[name]) for name, label in BARS.items() if name in found]
+    if not bars:
+        return None
+    left, width, step = 200, 360, 30
+    longest = max(statistics.median(row.values) for _, row in bars)
+    caption = (
+        f"{bars[0][1].unit} of {CHART_CASE.replace(', ', ' ')}, serving layer alone, "
+        f"{tokens} tokens, and ratio to stock"
+    )
+    machine = f"{result['machine']}; SGLang {result['sglang']}, Python {result['python']}"
+    bottom = step * len(bars) + 10
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 {bottom + 52}" role="img">',
+        f"<title>{html.escape(caption)}</title>",
+        "<style>text { font: 14px sans-serif; fill: #24292f } .small { font-size: 12px }",
+        "rect { fill: #0969da } .stock { fill: #8c959f }",
+        "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } rect { fill: #4493f8 } }",
+        "</style>",
+    ]
+    for number, (label, row) in enumerate(bars):
+        value, top = statistics.median(row.values), step * number + 8
+        length = width * value / longest
+        ratio = f"{statistics.median(row.ratios):.2f}× ({value:.1f} µs)"
+        kind = "stock" if row.variant.startswith("stock") else "patched"
+        lines += [
+            f'<text x="{left - 10}" y="{top + 16}" text-anchor="end">{html.escape(label)}</text>',
+            f'<rect class="{kind}" x="{left}" y="{top}" width="{length:.0f}" height="22" rx="3"/>',
+            f'<text x="{left + length + 8:.0f}" y="{top + 16}">{ratio}</text>',
+        ]
+    for number, text in enumerate((caption, machine)):
+        top = bottom + 20 + 18 * number
+        lines.append(f'<text class="small" x="10" y="{top}">{html.escape(text)}</text>')
+    return "\n".join([*lines, "</svg>\n"])
+
+
 def section(name: str, result: dict[str, Any], output: Path) -> list[str]:
     kind = name.partition("-")[0]
     rows = [Row(**row) for row in result["rows"]]
@@ -166,7 +221,10 @@ def main() -> int:
         "",
     ]
     for path in files:
-        lines += section(path.stem, json.loads(path.read_text()), args.output)
+        result = json.loads(path.read_text())
+        lines += section(path.stem, result, args.output)
+        if path.stem.partition("-")[0] == CHART_KIND and (picture := chart(result)):
+            (args.output / CHART).write_text(picture)
     page = args.output / "report.md"
     page.write_text("\n".join(lines))
     print(page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import serving_layer, whole_server
+from bench import report, serving_layer, whole_server
 from bench.common import AGENTCORE_RELEASE
 from testbed.pool import ServerPool
 from testbed.release import ROOT, UPSTREAM
@@ -76,6 +77,9 @@ def test_the_report_builds(results: Path, tmp_path: Path, server: str) -> None:
     pictures = list(tmp_path.glob("serving_layer-*.png"))
     assert len(pictures) == len(serving_layer.CASES)
     assert all(picture.name in page for picture in pictures)
+    bars = (tmp_path / report.CHART).read_text()
+    assert all(f">{html.escape(label)}<" in bars for label in report.BARS.values())
+    assert bars.count("<rect") == len(report.BARS) and bars.count("×") == len(report.BARS)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,8 @@ def read_stream(path: str, events: Iterable[dict[str, Any]]) -> Read:
         assert not read.ids
         read.prompt, read.ids = read.answer["prompt_token_ids"], read.answer["token_ids"]
         read.logprobs = read.answer.get("token_logprobs", [])
+        # Their streams say that no token was sampled.
+        read.num_tokens = len(read.ids)
     return read
 
 

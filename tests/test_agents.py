@@ -515,6 +515,9 @@ def check_turns(turns: list[Read]) -> None:
         assert following.prompt[: len(ids)] == ids
 
 
+@pytest.mark.skipif(
+    not STREAMS_RESPONSES, reason="stock drops thoughts, and with them a turn that has no more"
+)
 @pytest.mark.parametrize("server", ["turns_qwen3"], indirect=True)
 def test_turns_of_messages_extend_each_other(server: Server) -> None:
     said: list[dict[str, Any]] = []

@@ -77,6 +77,6 @@ def test_an_edited_page_is_noticed(tested: Path) -> None:
 
 def test_a_patch_of_another_release_changes_nothing(tested: Path) -> None:
     other = next(p for p in (tested / "patches").glob("v*") if p.name != UPSTREAM)
-    with patch_of(tested, "server-args", other.name).open("a") as patch:
+    with patch_of(tested, "server-args-add", other.name).open("a") as patch:
         patch.write("# changed\n")
     assert tool(tested, "compatibility", "--check") == (0, "", "")

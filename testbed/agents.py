@@ -89,7 +89,7 @@ def num_tokens_of(usage: dict[str, Any]) -> int:
 
 
 def read_whole(answer: dict[str, Any]) -> Read:
-    return Read(
+    read = Read(
         answer,
         answer["prompt_token_ids"],
         answer["token_ids"],
@@ -98,6 +98,9 @@ def read_whole(answer: dict[str, Any]) -> Read:
         num_tokens_of(answer["usage"]),
         [],
     )
+    if answer.get("object") == "response" and not STREAMS_RESPONSES:
+        read.num_tokens = len(read.ids)
+    return read
 
 
 def without_ids(value: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def read_stream(path: str, events: Iterable[dict[str, Any]]) -> Read:
         assert not read.ids
         read.prompt, read.ids = read.answer["prompt_token_ids"], read.answer["token_ids"]
         read.logprobs = read.answer.get("token_logprobs", [])
-        # Their streams say that no token was sampled.
+        # They say that no token was sampled.
         read.num_tokens = len(read.ids)
     return read
 

@@ -160,12 +160,18 @@ def fresh(server: Server, prompt: list[int], num_tokens: int, **fields: Any) -> 
 
 
 class Running:
-    """A streamed request that can be waited for while it runs, slowly until it is to finish."""
+    """A streamed request that can be waited for while it runs, slowly until it is to finish.
 
-    def __init__(self, server: Server, endpoint: str, **fields: Any):
+    Args:
+        more: Fields of the request beside those of `body_for`.
+    """
+
+    def __init__(
+        self, server: Server, endpoint: str, more: dict[str, Any] | None = None, **fields: Any
+    ):
         self.server = server
         self.url = server.url + endpoint
-        self.body = {**body_for(endpoint, **fields), "stream": True}
+        self.body = {**body_for(endpoint, **fields), **(more or {}), "stream": True}
         self.chunks: list[dict[str, Any]] = []
         self.num_tokens = 0
         self.grown = threading.Condition()

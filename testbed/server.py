@@ -165,6 +165,7 @@ MODES: dict[str, Mode] = {
         ),
     ),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
+    "id_names": Mode((INCREMENTAL, "--return-input-ids", "--return-output-ids")),
     "qwen": Mode(qwen=True),
 }
 for _name, _shape in SHAPES.items():
@@ -184,6 +185,7 @@ SHORT_MODES = (
     "dumps",
     "weights",
     "trainer",
+    "id_names",
     "turns_qwen3",
 )
 

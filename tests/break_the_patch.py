@@ -58,6 +58,9 @@ PREFIX = "srt/entrypoints/openai/prompt_prefix.py"
 KEPT_TURNS = "srt/entrypoints/openai/kept_turns.py"
 TURNS = "tests/test_turns.py"
 
+ID_NAMES = "srt/entrypoints/openai/id_names.py"
+TEST_ID_NAMES = "tests/test_id_names.py"
+
 MUTANTS: dict[str, Mutant] = {
     "tokenize-again": Mutant(
         "C1",
@@ -624,6 +627,69 @@ MUTANTS: dict[str, Mutant] = {
         "if not reasoning or reasoning == turn.reasoning:",
         "if True:",
         [TURNS, "-k", "tells_turns_apart"],
+    ),
+    "sglext-after-usage": Mutant(
+        "names",
+        ID_NAMES,
+        "(_NO_CHOICES in chunk or chunk == _DONE)",
+        "chunk == _DONE",
+        [TEST_ID_NAMES, "-k", "sglext_of_a_stream"],
+    ),
+    "sglext-alone": Mutant(
+        "names",
+        ID_NAMES,
+        "elif _SGLEXT_KEY not in chunk:",
+        "else:",
+        [TEST_ID_NAMES, "-k", "what_else"],
+    ),
+    "sglext-of-the-last-part": Mutant(
+        "names",
+        ID_NAMES,
+        "self._state(index).output_ids[:num_ids]",
+        "self._state(index).output_ids[num_ids // 2 : num_ids]",
+        [TEST_ID_NAMES, "-k", "abort"],
+    ),
+    "sglext-unframed": Mutant(
+        "names",
+        ID_NAMES,
+        'headers.get(_FRAMED_HEADER) == "1"',
+        "False",
+        [TEST_ID_NAMES, "-k", "framed"],
+    ),
+    "meta-info-of-a-part": Mutant(
+        "names",
+        ID_NAMES,
+        "            if name in meta_info:",
+        "            if False:",
+        [TEST_ID_NAMES, "-k", "meta_info"],
+    ),
+    "prompt-on-every-chunk": Mutant(
+        "names",
+        ID_NAMES,
+        "started.add(index)",
+        "pass",
+        [TEST_ID_NAMES, "-k", "meta_info"],
+    ),
+    "versions-with-ids-alone": Mutant(
+        "names",
+        RECORDER,
+        "with_ids if with_versions is None else with_versions",
+        "with_ids and with_versions is not False",
+        [TEST_ID_NAMES, "-k", "weight_versions"],
+    ),
+    "versions-with-ids-always": Mutant(
+        "names",
+        RECORDER,
+        "with_ids if with_versions is None else with_versions",
+        "with_ids or with_versions",
+        [TEST_ID_NAMES, "-k", "weight_versions"],
+    ),
+    "most-likely-tokens-as-text": Mutant(
+        "names",
+        RECORDER,
+        "and [self._name_tokens(alternatives) for alternatives in top_logprobs]",
+        "and [alternatives for alternatives in top_logprobs]",
+        [TEST_ID_NAMES, "-k", "as_token_ids"],
     ),
 }
 

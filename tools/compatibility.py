@@ -39,6 +39,11 @@ CAPABILITIES: dict[str, tuple[str, tuple[str, ...]]] = {
         "extend each other",
         ("test_turns",),
     ),
+    "other names": (
+        "Other names: `sglext`, `return_prompt_token_ids`, `return_meta_info`, "
+        "`return_weight_versions`, `return_tokens_as_token_ids`",
+        ("test_id_names",),
+    ),
     "generate": ("`/inference/v1/generate`", ("test_tokens_in_out", "test_rollout_clients")),
     "weight versions": ("`weight_versions` by token, in streams too", ("test_weight_versions",)),
     "trainer routes": (

@@ -12,10 +12,12 @@ import asyncio
 import itertools
 import json
 import multiprocessing
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import requests
@@ -104,6 +106,7 @@ class Choice:
         self.logprobs: list[tuple[str, float, int]] = []
         self.text = ""
         self.finish_reason: str | None = None
+        self.weight_versions: list[dict[str, Any]] = []
 
     def add(self, data: dict[str, Any]) -> None:
         ids = data.get("token_ids", [])
@@ -115,6 +118,7 @@ class Choice:
         message = data.get("delta") or data.get("message") or {"content": data.get("text")}
         self.text += (message.get("reasoning_content") or "") + (message.get("content") or "")
         self.finish_reason = data.get("finish_reason") or self.finish_reason
+        self.weight_versions = data.get("weight_versions") or self.weight_versions
 
 
 def read_logprobs(data: dict[str, Any] | None) -> list[tuple[str, float, int]]:
@@ -151,9 +155,16 @@ async def read_response(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 
 class Clients:
-    """The clients of one process."""
+    """The clients of one process.
 
-    def __init__(self, port: int, first_seed: int, incremental: bool):
+    Attributes:
+        num_ids: How many ids came, by kind of request.
+        reasons: How the requests ended.
+        num_kept: How many states stock keeps for ever of these requests.
+        num_by_version: How many ids the weights of each version made.
+    """
+
+    def __init__(self, port: int, first_seed: int, incremental: bool = False):
         self.port = port
         self.incremental = incremental
         self.script = Script()
@@ -161,8 +172,8 @@ class Clients:
         self.seeds = itertools.count(first_seed)
         self.num_ids: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
-        # How many states stock keeps for ever of these requests.
         self.num_kept = 0
+        self.num_by_version: Counter[str] = Counter()
 
     async def run(self, clients: int, num_ids: int, tokens: int) -> None:
         async def run_one(offset: int) -> None:
@@ -209,7 +220,7 @@ class Clients:
         if body["stream"]:
             body["stream_options"] = {"include_usage": True}
         if kind.text is not None:
-            body["regex"] = "".join(x if x.isalnum() else f"\\{x}" for x in kind.text)
+            body["regex"] = re.escape(kind.text)
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
         writer.write(make_request(self.port, kind.path, body))
         choices: dict[int, Choice] = {}
@@ -284,15 +295,59 @@ class Clients:
             raise Wrong(f"the text {choice.text!r} instead of {text!r}")
 
 
-def run_clients(
-    port: int, seed: int, incremental: bool, clients: int, num_ids: int, tokens: int, pipe: Any
-) -> None:
-    own = Clients(port, seed, incremental)
+class EngineClients(Clients):
+    """The clients of a real engine: how many its ids are is known, and what has to fit to them."""
+
+    def check(
+        self, kind: Kind, seed: int, choices: dict[int, Choice], usage: dict[str, int] | None
+    ) -> None:
+        if sorted(choices) != list(range(kind.num_choices)):
+            raise Wrong(f"choices {sorted(choices)} instead of {kind.num_choices}")
+        for choice in choices.values():
+            texts = [self.texts[i] for i in choice.ids]
+            if kind.has_logprobs and [text for text, _, _ in choice.logprobs] != texts:
+                raise Wrong(f"log-probabilities of {choice.logprobs} instead of {texts}")
+            end = 0
+            for span in choice.weight_versions:
+                if span["start"] != end:
+                    raise Wrong(f"a gap in {choice.weight_versions}")
+                end = span["end"]
+                self.num_by_version[span["version"]] += end - span["start"]
+            if kind.end != "hang up" and end != len(choice.ids):
+                raise Wrong(f"{choice.weight_versions} of {len(choice.ids)} ids")
+        if usage is not None:
+            received = sum(len(choice.ids) for choice in choices.values())
+            if received != usage["completion_tokens"]:
+                raise Wrong(f"{received} ids instead of {usage['completion_tokens']}")
+
+
+def run_clients(own: Clients, clients: int, num_ids: int, tokens: int, pipe: Any) -> None:
     try:
         asyncio.run(own.run(clients, num_ids, tokens))
-        pipe.send((own.num_ids, own.reasons, own.num_kept))
+        pipe.send((own.num_ids, own.reasons, own.num_by_version, own.num_kept))
     except Exception as exc:
         pipe.send(exc)
+
+
+def start_clients(
+    each: Sequence[Clients], clients: int, num_ids: int, tokens: int
+) -> list[Connection]:
+    """Divide clients and ids among processes.
+
+    Returns:
+        Where each process sends its `num_ids`, `reasons`, `num_by_version` and `num_kept` at its
+        end, or an exception.
+    """
+    context = multiprocessing.get_context("fork")
+    pipes = []
+    for index, own in enumerate(each):
+        ours, theirs = context.Pipe(duplex=False)
+        share = clients // len(each) + (index < clients % len(each))
+        args = (own, share, num_ids // len(each), tokens, theirs)
+        context.Process(target=run_clients, args=args, daemon=True).start()
+        theirs.close()
+        pipes.append(ours)
+    return pipes
 
 
 def soak(
@@ -309,28 +364,21 @@ def soak(
     total: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     num_kept = 0
-    context = multiprocessing.get_context("fork")
     with EnginelessServer(f"soak {mode}", *MODES[mode]) as server:
         for phase, pace in enumerate(PACES_S):
             server.slow_down(pace)
-            pipes = []
-            for index in range(processes):
-                ours, theirs = context.Pipe(duplex=False)
-                share = clients // processes + (index < clients % processes)
-                args: tuple[Any, ...] = (server.port, (phase * processes + index) * 1_000_000)
-                args += (mode == "incremental", share)
-                args += (num_ids // processes // len(PACES_S), tokens, theirs)
-                process = context.Process(target=run_clients, args=args, daemon=True)
-                process.start()
-                theirs.close()
-                pipes.append(ours)
-            for pipe in pipes:
+            each = [
+                Clients(server.port, (phase * processes + i) * 1_000_000, mode == "incremental")
+                for i in range(processes)
+            ]
+            share = num_ids // len(PACES_S)
+            for pipe in start_clients(each, clients, share, tokens):
                 found = pipe.recv()
                 if isinstance(found, Exception):
                     raise found
                 total += found[0]
                 reasons += found[1]
-                num_kept += found[2]
+                num_kept += found[3]
             print(
                 f"{mode}: {total.total()} of {num_ids} ids, a step in {pace} s",
                 file=sys.stderr,

@@ -174,6 +174,12 @@ for _name, _shape in SHAPES.items():
         _flags += [f"--reasoning-parser={_shape.reasoning_parser}"]
     _flags += ["--keep-turns=2000", "--enable-cache-report"]
     MODES[f"turns_{_name}"] = Mode(tuple(_flags), shape=_name)
+if ON_GPU:
+    MODES |= {
+        "tp2": Mode(("--tp-size=2",), overlap=True),
+        "dp2": Mode(("--dp-size=2",), overlap=True),
+        "ngram": Mode(("--speculative-algorithm=NGRAM",)),
+    }
 # Those that `make test` starts: enough for every clause and every capability.
 SHORT_MODES = (
     "stock",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from safetensors.torch import load_file
 
+from testbed.server import ON_GPU
 from testbed.tiny_model import tiny_model_path
 
 Weights = Iterator[tuple[str, torch.Tensor]]
@@ -79,7 +80,9 @@ def main() -> None:
     print("ready", flush=True)
     port, world_size = int(sys.argv[1]), int(sys.argv[2])
     timeout = float(sys.argv[3]) if len(sys.argv) > 3 else 60.0
-    broadcaster = WeightBroadcaster("127.0.0.1", port, world_size, timeout, device="cpu")
+    # The servers have the first card.
+    device = "cpu" if not ON_GPU else f"cuda:{torch.cuda.device_count() - 1}"
+    broadcaster = WeightBroadcaster("127.0.0.1", port, world_size, timeout, device)
     while line := sys.stdin.readline():
         seed, fault = line.split()
         weights = load_file(tiny_model_path(int(seed)) / "model.safetensors")

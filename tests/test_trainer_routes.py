@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import requests
 from safetensors.torch import load_file, save_file
 
+from bench.soak import KINDS, EngineClients, start_clients
 from testbed.client import (
     CHAT,
     GENERATE,
@@ -30,13 +32,18 @@ from testbed.client import (
 )
 from testbed.pool import ServerPool
 from testbed.release import ROOT
-from testbed.server import Server
+from testbed.server import ON_GPU, Server
 from testbed.tiny_model import make_adapter, tiny_model_path
 from testbed.trainer import BAD_PARAMETER
 from tools.verify import reserve_port
 
 trainer_mode = pytest.mark.parametrize("server", ["trainer"], indirect=True)
 SHORT = 32
+# How many ids to how many clients in how many processes, and of a request.
+ON_CPU_LOAD = (12_000, 8, 1, 60)
+ON_GPU_LOAD = (1_000_000, 64, 8, 300)
+NUM_UPDATES = 10
+SECONDS_BETWEEN_UPDATES = 0.5
 ROUTES = [
     "/pause",
     "/resume",
@@ -210,6 +217,42 @@ def test_a_broadcast_to_two_servers(
             assert fresh(server, PROMPT, SHORT) == by_seed[2]
     finally:
         trainer.stop()
+
+
+@trainer_mode
+@pytest.mark.full
+@pytest.mark.clause("C2", "C3", "C5")
+def test_clients_lose_no_id_by_updates(server: Server, by_seed: dict[int, list[int]]) -> None:
+    """Requests of every kind, hang-ups and aborts, and a bad update among the good ones."""
+    num_ids, clients, processes, tokens = ON_GPU_LOAD if ON_GPU else ON_CPU_LOAD
+    each = [EngineClients(server.port, i * 1_000_000) for i in range(processes)]
+    trainer = join([server])
+    try:
+        pipes = start_clients(each, clients, num_ids, tokens)
+        for step in range(1, NUM_UPDATES + 1):
+            time.sleep(SECONDS_BETWEEN_UPDATES)
+            early = [pipe.recv() for pipe in pipes if pipe.poll()]
+            assert not early, f"{early} after {step - 1} updates"
+            if step == NUM_UPDATES // 2:
+                trainer.send(0, "wrong_shape")
+                [answer] = update([server], weight_version="never")
+                assert answer.status_code == 400, answer.text
+            trainer.send(step % 2)
+            [answer] = update([server], weight_version=str(step))
+            assert answer.ok, answer.text
+        results = []
+        for pipe in pipes:
+            results.append(pipe.recv())
+            assert not isinstance(results[-1], Exception), results[-1]
+    finally:
+        trainer.stop()
+    by_kind, reasons, by_version = (
+        sum((result[i] for result in results), Counter()) for i in range(3)
+    )
+    assert by_kind.total() >= num_ids and by_kind.keys() == KINDS.keys()
+    assert reasons["abort: abort"] > 0 and reasons["hang up: None"] > 0
+    assert by_version.keys() == {"default", *map(str, range(1, NUM_UPDATES + 1))}
+    assert fresh(server, PROMPT, SHORT) == by_seed[NUM_UPDATES % 2]
 
 
 @trainer_mode

@@ -174,12 +174,15 @@ for _name, _shape in SHAPES.items():
         _flags += [f"--reasoning-parser={_shape.reasoning_parser}"]
     _flags += ["--keep-turns=2000", "--enable-cache-report"]
     MODES[f"turns_{_name}"] = Mode(tuple(_flags), shape=_name)
+# What the CPU engine does not have or has no kernels for.
+GPU_MODES: dict[str, Mode] = {}
 if ON_GPU:
-    MODES |= {
+    GPU_MODES = {
         "tp2": Mode(("--tp-size=2",), overlap=True),
         "dp2": Mode(("--dp-size=2",), overlap=True),
         "ngram": Mode(("--speculative-algorithm=NGRAM",)),
     }
+    MODES |= GPU_MODES
 # Those that `make test` starts: enough for every clause and every capability.
 SHORT_MODES = (
     "stock",

@@ -44,6 +44,10 @@ CAPABILITIES: dict[str, tuple[str, tuple[str, ...]]] = {
         "`return_weight_versions`, `return_tokens_as_token_ids`",
         ("test_id_names",),
     ),
+    "agents": (
+        "`/v1/messages` and `/v1/responses`, whole and streamed",
+        ("test_agents",),
+    ),
     "generate": ("`/inference/v1/generate`", ("test_tokens_in_out", "test_rollout_clients")),
     "weight versions": ("`weight_versions` by token, in streams too", ("test_weight_versions",)),
     "trainer routes": (

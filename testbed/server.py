@@ -66,6 +66,8 @@ STOCK_TAKES_INPUT_IDS = NUMBER >= (0, 5, 15)
 STOCK_TRACKS_VERSIONS = NUMBER >= (0, 5, 20)
 # Between them an update that flushes the cache ends the server if a request is waiting.
 FLUSHES_WHILE_REQUESTS_WAIT = NUMBER < (0, 5, 10) or NUMBER >= (0, 5, 23)
+# Whether an overlap scheduler that is paused in place leaves the result of a step for later.
+LEAVES_A_STEP_BEHIND = NUMBER >= (0, 5, 10)
 # Whether the CPU engine wants cores for the ranks of all replicas rather than of each.
 BINDS_ALL_RANKS = NUMBER >= (0, 5, 23)
 CRASH_DUMPS = ROOT / "build" / "crash-dumps" / UPSTREAM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from testbed.project import git, series_patches, tool
+from testbed.project import git, make, tool
 from testbed.release import LOCAL_VERSION, ROOT, STOCK_WHEEL, UPSTREAM, WHEEL
 from tools import build
+from tools.releases import load_release
+from tools.series import hunks_of, read_patch, read_series
 
 STOCK = ROOT / "build" / "downloads" / STOCK_WHEEL
 read_wheel = functools.cache(build.read_wheel)
@@ -32,9 +35,9 @@ def make_tree(root: Path, layout: str, whole: bool = False) -> Path:
     """
     package = {n: d for n, d in read_wheel(STOCK).items() if not n.endswith(".so")}
     if not whole:
-        patches = "".join(path.read_text() for path in (ROOT / "patches").rglob("*.patch"))
-        changed = re.findall(r"^diff --git a/python/(\S+)", patches, re.MULTILINE)
-        package = {n: d for n, d in package.items() if n in changed or n == "sglang/_version.py"}
+        patches = [read_patch(path) for path in (ROOT / "patches").rglob("*.patch")]
+        kept = {"python/sglang/_version.py", *(f for patch in patches for f in patch.files)}
+        package = {n: d for n, d in package.items() if f"python/{n}" in kept}
     if layout == "checkout":
         package = {f"python/{n}": d for n, d in package.items() if n.startswith("sglang/")}
         del package["python/sglang/_version.py"]
@@ -84,16 +87,9 @@ def changed_files() -> dict[str, list[list[str]]]:
     Only of the first patch that changes a file: later hunks expect what it has done.
     """
     found: dict[str, list[list[str]]] = {}
-    for patch in series_patches(ROOT):
-        for section in patch.read_text().split("\ndiff --git a/")[1:]:
-            name, _, rest = section.partition(" ")
-            if "\nnew file mode" in rest or name in found:
-                continue
-            bodies = re.split(r"^@@ .*\n", rest, flags=re.MULTILINE)[1:]
-            found[name] = [
-                [line[1:] for line in body.splitlines() if line[:1] in (" ", "-")]
-                for body in bodies
-            ]
+    for patch in read_series(load_release(UPSTREAM)):
+        for file in patch.changed:
+            found.setdefault(file, [hunk.lines for hunk in hunks_of(patch, file)])
     return found
 
 
@@ -103,12 +99,20 @@ def place_of(lines: list[str], hunk: list[str]) -> int:
 
 
 def patch_by_another(tree: Path) -> None:
-    """Change all that the series changes, in the same functions, right before its hunks."""
+    """Change all that the series changes, in the same functions, right before its hunks.
+
+    But for places inside of the context of another patch.
+    """
+    patches = read_series(load_release(UPSTREAM))
     for file, hunks in changed_files().items():
+        contexts = [hunk.lines for patch in patches for hunk in hunks_of(patch, file)]
+        expected = {pair for lines in contexts for pair in itertools.pairwise(lines)}
         path = package_of(tree) / file.removeprefix("python/sglang/")
         lines = path.read_text().splitlines()
         for hunk in hunks:
-            lines.insert(place_of(lines, hunk), ANOTHER)
+            place = place_of(lines, hunk)
+            if tuple(lines[place - 1 : place + 1]) not in expected:
+                lines.insert(place, ANOTHER)
         path.write_text("\n".join([*[ANOTHER] * 7, *lines]) + "\n")
     if (tree / ".git").exists():
         git(tree, "commit", "--quiet", "--all", "-m", "rollout: a patch of another project")
@@ -205,6 +209,19 @@ def test_a_conflict(checkout: Path, committed: bool) -> None:
     assert found and int(found[1]) >= number
     ending = "(rollout: another change)" if committed else ", a change that is not committed"
     assert said.endswith(ending)
+
+
+def test_the_line_that_undoes_it(tmp_path: Path) -> None:
+    """It is run as it is printed, whatever the tree is called."""
+    tree = make_tree(tmp_path / "it's a tree", "package")
+    before = snapshot(tree)
+    status, out, err = make(ROOT, "apply", f"TREE={tree}")
+    assert status == 0, err
+    [undo] = [line for line in out.splitlines() if line.startswith("undo: ")]
+    # A second time it is refused, with the same line.
+    assert f"`{undo.removeprefix('undo: ')}`" in refusal(tree)
+    subprocess.run(undo.removeprefix("undo: "), shell=True, cwd=ROOT, check=True)
+    assert snapshot(tree) == before
 
 
 def test_a_place_that_is_not_the_only_one(tree: Path) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from tools.build import MANIFEST, manifest_of, with_version
 from tools.common import ToolError, git_environment, run
 from tools.releases import Release, load_release, release_names, release_of_version
-from tools.series import Patch, make_repository, read_diff, read_series
+from tools.series import Hunk, Patch, hunks_of, make_repository, read_diff, read_series
 
 DIFF = "PATCHES.diff"
 VERSION = "_version.py"
@@ -144,35 +144,6 @@ def release_of(tree: Tree, name: str | None) -> Release:
     return fitting[counts.index(max(counts))]
 
 
-@dataclasses.dataclass(frozen=True)
-class Hunk:
-    """A hunk of a patch.
-
-    Attributes:
-        name: Its number in the file, and its header.
-        line: Where it is in the release, counted from 0.
-        lines: The lines that have to be there, its context and what it removes.
-    """
-
-    name: str
-    line: int
-    lines: list[str]
-
-
-def hunks_of(patch: Patch, file: str) -> list[Hunk]:
-    diff = patch.path.read_text().partition(f"\ndiff --git a/{file} b/{file}\n")[2]
-    diff = diff.partition("\ndiff --git ")[0]
-    _, *parts = re.split(r"^(@@ -(\d+)\S* \+\S+ @@).*\n", diff, flags=re.MULTILINE)
-    return [
-        Hunk(
-            name=f"#{number}, {header}",
-            line=int(line) - 1,
-            lines=[line[1:] for line in body.splitlines() if line[:1] in (" ", "-")],
-        )
-        for number, (header, line, body) in enumerate(zip(parts[::3], parts[1::3], parts[2::3]), 1)
-    ]
-
-
 def places_of(lines: list[str], text: list[str]) -> list[int]:
     size = len(lines)
     return [i for i in range(len(text) - size + 1) if text[i : i + size] == lines]
@@ -189,7 +160,7 @@ def first_difference(hunk: Hunk, text: list[str]) -> tuple[str, str | None]:
         range(len(text)),
         key=lambda i: (
             (expected_lines & Counter(text[i : i + size])).total(),
-            -abs(i - hunk.line),
+            -abs(i + 1 - hunk.line),
         ),
         default=0,
     )

@@ -137,6 +137,36 @@ def read_diff(path: Path) -> tuple[dict[str, int], dict[str, int]]:
     return changed, added
 
 
+@dataclasses.dataclass(frozen=True)
+class Hunk:
+    """A hunk of a patch.
+
+    Attributes:
+        name: Its number in the file, and its header.
+        line: Where it is in the release, counted from 1.
+        lines: The lines that have to be there, its context and what it removes.
+    """
+
+    name: str
+    line: int
+    lines: list[str]
+
+
+def hunks_of(patch: Patch, file: str) -> list[Hunk]:
+    """Return the hunks of a file that a patch changes."""
+    diff = patch.path.read_text().partition(f"\ndiff --git a/{file} b/{file}\n")[2]
+    diff = diff.partition("\ndiff --git ")[0]
+    _, *parts = re.split(r"^(@@ -(\d+)\S* \+\S+ @@).*\n", diff, flags=re.MULTILINE)
+    return [
+        Hunk(
+            name=f"#{number}, {header}",
+            line=int(line),
+            lines=[line[1:] for line in body.splitlines() if line[:1] in (" ", "-")],
+        )
+        for number, (header, line, body) in enumerate(zip(parts[::3], parts[1::3], parts[2::3]), 1)
+    ]
+
+
 def listed_in(series: Path) -> list[str]:
     """Return the patches that a series lists, as paths relative to patches/."""
     lines = [line.strip() for line in series.read_text().splitlines()]
@@ -204,10 +234,10 @@ def apply_patch(patch: Patch, tree: Path) -> None:
     output = result.stdout + result.stderr
     failed = re.search(r"^error: patch failed: (.+):(\d+)$", output, re.MULTILINE)
     if failed:
-        raise ToolError(
-            f"{patch.name} does not apply to {failed[1]}: "
-            f"hunk {hunk_at(patch, failed[1], failed[2])}"
-        )
+        file, line = failed[1], int(failed[2])
+        at = [hunk.name for hunk in hunks_of(patch, file) if hunk.line == line]
+        where = at[0] if at else f"at line {line}"
+        raise ToolError(f"{patch.name} does not apply to {file}: hunk {where}")
     if result.returncode != 0:
         reason = re.search(r"^error: (.+)$", output, re.MULTILINE)
         raise ToolError(f"{patch.name} does not apply: {reason[1] if reason else output}")
@@ -219,16 +249,6 @@ def apply_patch(patch: Patch, tree: Path) -> None:
             f"{patch.name} applies to {checked[-1] if checked else 'a file'} only with an "
             f"offset: hunk #{moved[1]}, found at line {moved[2]}"
         )
-
-
-def hunk_at(patch: Patch, file: str, line: str) -> str:
-    """Return the number and the header of the hunk of `file` that starts at `line`."""
-    diff = patch.path.read_text().partition(f"\ndiff --git a/{file} b/{file}\n")[2]
-    diff = diff.partition("\ndiff --git ")[0]
-    for number, hunk in enumerate(re.findall(r"^@@ -\S+ \+\S+ @@", diff, re.MULTILINE), 1):
-        if re.match(rf"@@ -{line}[, ]", hunk):
-            return f"#{number}, {hunk}"
-    return f"at line {line}"
 
 
 def apply_series(release: Release, tree: Path) -> list[Patch]:

@@ -78,6 +78,9 @@ def main(argv: list[str]) -> int:
     except ToolError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_status
+    except PermissionError as e:
+        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -1,7 +1,7 @@
-"""Break the patched package on purpose and see that the tests notice.
+"""Break the patched package and the tools on purpose and see that the tests notice.
 
-Each mutant changes one place of an installed, patched SGLang, in a copy, and runs the
-tests that should object. A mutant that survives is a hole in the tests.
+Each mutant changes one place of an installed, patched SGLang, or of tools/, in a copy, and runs
+the tests that should object. A mutant that survives is a hole in the tests.
 
     build/env/bin/python -m tests.break_the_patch [--list] [NAME ...]
 
@@ -33,7 +33,10 @@ END_TO_END = "tests/test_end_to_end.py"
 
 @dataclasses.dataclass
 class Mutant:
-    """A change of `old` to `new` in `file`, and the pytest arguments that must fail."""
+    """A change of `old` to `new` in `file`, and the pytest arguments that must fail.
+
+    The file is one of the package, or one of tools/.
+    """
 
     clause: str
     file: str
@@ -60,6 +63,11 @@ TURNS = "tests/test_turns.py"
 
 ID_NAMES = "srt/entrypoints/openai/id_names.py"
 TEST_ID_NAMES = "tests/test_id_names.py"
+
+APPLY = "tools/apply.py"
+TEST_APPLY = "tests/test_apply.py"
+INSTALL = "tools/install.py"
+TEST_BUILD = "tests/test_build.py"
 
 MUTANTS: dict[str, Mutant] = {
     "tokenize-again": Mutant(
@@ -691,26 +699,124 @@ MUTANTS: dict[str, Mutant] = {
         "and [alternatives for alternatives in top_logprobs]",
         [TEST_ID_NAMES, "-k", "as_token_ids"],
     ),
+    "applied-anywhere": Mutant(
+        "tools",
+        APPLY,
+        "if len(places) > 1:",
+        "if False:",
+        [TEST_APPLY, "-k", "not_the_only_one"],
+    ),
+    "applied-in-part": Mutant(
+        "tools",
+        APPLY,
+        "for path in reversed(done):",
+        "for path in ():",
+        [TEST_APPLY, "-k", "full"],
+    ),
+    "applied-to-the-cache": Mutant(
+        "tools",
+        APPLY,
+        "unfinished.replace(path)",
+        "path.write_bytes(content)",
+        [TEST_APPLY, "-k", "linked"],
+    ),
+    "applied-without-a-version": Mutant(
+        "tools",
+        APPLY,
+        "set_version(scratch / version, release)",
+        "pass",
+        [TEST_APPLY, "-k", "files_of_the_wheel"],
+    ),
+    "another-change-unnamed": Mutant(
+        "tools",
+        APPLY,
+        "{difference}{author_of(tree, file, line)}",
+        "{difference}",
+        [TEST_APPLY, "-k", "conflict"],
+    ),
+    "release-guessed": Mutant(
+        "tools",
+        APPLY,
+        'if found and "dev" not in found[1]:',
+        "if found:",
+        [TEST_APPLY, "-k", "guessed"],
+    ),
+    "taken-off-over-changes": Mutant(
+        "tools",
+        APPLY,
+        "if result.returncode != 0:",
+        "if False:",
+        [TEST_APPLY, "-k", "changed_again"],
+    ),
+    "undo-unquoted": Mutant(
+        "tools",
+        APPLY,
+        "undo: make unapply TREE={shlex.quote(str(root))}",
+        "undo: make unapply TREE={root}",
+        [TEST_APPLY, "-k", "undoes_it"],
+    ),
+    "install-of-another-release": Mutant(
+        "tools",
+        INSTALL,
+        'if installed.version.partition("+")[0] != release.version:',
+        "if False:",
+        [TEST_BUILD, "-k", "install_refuses"],
+    ),
+    "install-over-changes": Mutant(
+        "tools",
+        INSTALL,
+        "if installed.changed:",
+        "if False:",
+        [TEST_BUILD, "-k", "install_refuses"],
+    ),
+    "install-loses-patches": Mutant(
+        "tools",
+        INSTALL,
+        "if not same:",
+        "if False:",
+        [TEST_BUILD, "-k", "only_a_clean_tree"],
+    ),
+    "uninstall-of-stock": Mutant(
+        "tools",
+        INSTALL,
+        'if not local.startswith("tokenids."):',
+        "if False:",
+        [TEST_BUILD, "-k", "replaces_stock"],
+    ),
 }
+
+
+def break_project(mutant: Mutant) -> None:
+    """Make a copy of the project with the mutant's change.
+
+    Raises:
+        ValueError: If the change does not fit.
+    """
+    ignored = shutil.ignore_patterns(".git", "build", "dist", "third_party", "__pycache__")
+    shutil.copytree(ROOT, COPY, ignore=ignored)
+    for name in ("build", "dist"):
+        (COPY / name).symlink_to(ROOT / name)
+    change(mutant, COPY / mutant.file)
 
 
 def break_package(mutant: Mutant) -> None:
     """Make a copy of the installed package with the mutant's change.
 
     Raises:
-        ValueError: If the change does not fit the package in exactly one or more places.
+        ValueError: If the change does not fit.
     """
     spec = find_spec("sglang")
     assert spec is not None and spec.origin is not None
-    if COPY.exists():
-        shutil.rmtree(COPY)
     shutil.copytree(
         Path(spec.origin).parent,
         COPY / "sglang",
         copy_function=os.symlink,
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    path = COPY / "sglang" / mutant.file
+    change(mutant, COPY / "sglang" / mutant.file)
+
+
+def change(mutant: Mutant, path: Path) -> None:
     text = path.read_text()
     if mutant.old not in text:
         raise ValueError(f"{mutant.file} has no {mutant.old!r}")
@@ -719,15 +825,19 @@ def break_package(mutant: Mutant) -> None:
 
 
 def is_caught(mutant: Mutant) -> bool:
-    """Run the mutant's tests and return whether any failed.
+    """Make the mutant, run its tests and return whether any failed.
 
     Raises:
+        ValueError: If the change does not fit.
         RuntimeError: If pytest ran no test.
     """
+    shutil.rmtree(COPY, ignore_errors=True)
+    is_tool = mutant.file.startswith("tools/")
+    (break_project if is_tool else break_package)(mutant)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *mutant.tests],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(COPY)},
+        cwd=COPY if is_tool else ROOT,
+        env=os.environ if is_tool else {**os.environ, "PYTHONPATH": str(COPY)},
         capture_output=True,
         text=True,
     )
@@ -746,19 +856,18 @@ def main() -> int:
         parser.error(f"unknown mutant {unknown[0]!r}; known: {', '.join(MUTANTS)}")
     if args.list:
         for name, mutant in MUTANTS.items():
-            print(f"{mutant.clause:4} {name:28} {mutant.file}")
+            print(f"{mutant.clause:5} {name:28} {mutant.file}")
         return 0
 
     survivors = 0
     for name in args.names or MUTANTS:
         mutant = MUTANTS[name]
         start = time.monotonic()
-        break_package(mutant)
         caught = is_caught(mutant)
         survivors += not caught
         verdict = "caught" if caught else "SURVIVED"
         seconds = time.monotonic() - start
-        print(f"{verdict:9} {mutant.clause:4} {name:28} {seconds:5.0f} s", flush=True)
+        print(f"{verdict:9} {mutant.clause:5} {name:28} {seconds:5.0f} s", flush=True)
     shutil.rmtree(COPY, ignore_errors=True)
     return 1 if survivors else 0
 

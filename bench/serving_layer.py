@@ -35,6 +35,7 @@ from bench.common import (
     stock_package,
     write_results,
 )
+from testbed.client import TOOL
 from testbed.release import UPSTREAM
 
 TOKENS = "128,1024,8192,32768"
@@ -78,7 +79,6 @@ class Endpoint(NamedTuple):
 
 
 USAGE = {"include_usage": True, "continuous_usage_stats": True}
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 ENDPOINTS = {
     "chat": Endpoint([], {}),
     "chat with reasoning": Endpoint(["--reasoning-parser=qwen3"], {}),

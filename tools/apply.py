@@ -231,7 +231,10 @@ def apply_patch(patch: Patch, scratch: Path, tree: Tree) -> None:
             if len(places) > 1:
                 at = " and ".join(str(place + 1) for place in places)
                 raise ToolError(f"{where}: its lines are there more than once, at {at}")
-    command = ["git", "apply", "--whitespace=nowarn", str(patch.path.resolve())]
+    # Without --unidiff-zero a hunk at the top or the end of a file has to stay there, whatever
+    # others have put before or behind it.
+    command = ["git", "apply", "--whitespace=nowarn", "--unidiff-zero"]
+    command.append(str(patch.path.resolve()))
     run(command, scratch, git_environment(isolated_below=scratch.parent))
 
 

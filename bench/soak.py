@@ -305,8 +305,11 @@ class EngineClients(Clients):
             raise Wrong(f"choices {sorted(choices)} instead of {kind.num_choices}")
         for choice in choices.values():
             texts = [self.texts[i] for i in choice.ids]
-            if kind.has_logprobs and [text for text, _, _ in choice.logprobs] != texts:
-                raise Wrong(f"log-probabilities of {choice.logprobs} instead of {texts}")
+            # A part of a character is shown in the way of the release.
+            shown = [text for text, _, _ in choice.logprobs]
+            pairs = itertools.zip_longest(shown, texts)
+            if kind.has_logprobs and any(a != b for a, b in pairs if b is None or "�" not in b):
+                raise Wrong(f"log-probabilities of {shown} instead of {texts}")
             end = 0
             for span in choice.weight_versions:
                 if span["start"] != end:

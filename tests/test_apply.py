@@ -47,6 +47,8 @@ def make_tree(root: Path, layout: str, whole: bool = False) -> Path:
         path.write_bytes(data)
     if layout == "checkout":
         git(root, "init", "--quiet")
+        # It would remove files in the background while they are listed.
+        git(root, "config", "maintenance.auto", "false")
         git(root, "add", "--all", "--force")
         git(root, "commit", "--quiet", "-m", "upstream")
     return root

@@ -510,7 +510,9 @@ def test_a_port_stops_at_the_first_conflict(project: Path) -> None:
     command = ["--from", UPSTREAM, "--to", "v0.5.10.post1"]
     status, out, err = tool(project, "port", *command)
     assert status == 0, err
-    assert pins.read_text() == pinned
+    # Its builds are counted anew.
+    again = re.sub("revision = .*", "revision = 1", section)
+    assert pins.read_text() == pinned.replace(section, again)
     tree = project / "build" / "v0.5.10.post1" / "tree"
     clashes = [line.strip() for line in out.splitlines() if line.startswith("  ")]
     assert "python/sglang/srt/managers/tokenizer_manager.py" in clashes

@@ -51,6 +51,7 @@ CUTS_INCREMENTAL_COMPLETIONS = (0, 5, 10) <= NUMBER < (0, 5, 23)
 CUTS_INCREMENTAL_CHAT = (0, 5, 10) <= NUMBER < (0, 5, 12)
 # Stock looks up the name of the status that an aborted request does not have.
 FAILS_ABORTED_STREAMS = (0, 5, 10) <= NUMBER < (0, 5, 12)
+ABORTED_STREAMS_FAIL = f"stock {UPSTREAM} looks up the name of a status that an abort does not have"
 # Later releases want </think> to be one token where there are grammars.
 THINK_IS_A_TOKEN = NUMBER >= (0, 5, 12)
 # The CPU engine of later releases has no grammars beside a reasoning parser.

@@ -48,7 +48,13 @@ from testbed.scripted import (
     num_ids_behind,
     serve,
 )
-from testbed.server import INCREMENTAL, STOCK_TRACKS_VERSIONS, Server
+from testbed.server import (
+    ABORTED_STREAMS_FAIL,
+    FAILS_ABORTED_STREAMS,
+    INCREMENTAL,
+    STOCK_TRACKS_VERSIONS,
+    Server,
+)
 from testbed.tiny_model import load_tokenizer
 from tests.test_token_ids_property import plans
 
@@ -140,6 +146,7 @@ def model_of(server: Server) -> str:
 
 
 @pytest.mark.clause("C7")
+@pytest.mark.skipif(FAILS_ABORTED_STREAMS, reason=ABORTED_STREAMS_FAIL)
 @pytest.mark.parametrize("path", PATHS if STREAMS_RESPONSES else [MESSAGES])
 @default
 def test_an_abort(server: Server, path: str) -> None:

@@ -37,6 +37,7 @@ from testbed.client import (
 from testbed.comparison import TRIES, ask
 from testbed.release import NUMBER, UPSTREAM
 from testbed.server import (
+    ABORTED_STREAMS_FAIL,
     CUTS_INCREMENTAL_CHAT,
     CUTS_INCREMENTAL_COMPLETIONS,
     FAILS_ABORTED_STREAMS,
@@ -367,9 +368,6 @@ def test_truncated_prompt(server: Server, path: str) -> None:
         )
     assert len(prompt) < len(full)
     assert prompt == full[: len(prompt)]
-
-
-ABORTED_STREAMS_FAIL = f"stock {UPSTREAM} looks up the name of a status that an abort does not have"
 
 
 def abort_mid_stream(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -28,15 +28,13 @@ from testbed.client import (
     stream,
     text_of,
 )
-from testbed.release import UPSTREAM
-from testbed.server import FAILS_ABORTED_STREAMS, KNOWS_TOKEN_BYTES, Server
+from testbed.server import ABORTED_STREAMS_FAIL, FAILS_ABORTED_STREAMS, KNOWS_TOKEN_BYTES, Server
 
 INPUT, OUTPUT = "return_input_ids_in_sglext", "return_output_ids_in_sglext"
 INPUT_HEADER, OUTPUT_HEADER = "x-sglext-return-input-ids", "x-sglext-return-output-ids"
 FRAMED = {"x-sglext-ids-framed": "1"}
 USAGE = {"stream_options": {"include_usage": True}}
 BOTH = {INPUT: True, OUTPUT: True}
-ABORTED_STREAMS_FAIL = f"stock {UPSTREAM} looks up the name of a status that an abort does not have"
 IDS = {"ignore_eos": True, "max_tokens": 12}
 SERVERS = pytest.mark.parametrize("server", ["default", "id_names"], indirect=True)
 DEFAULT = pytest.mark.parametrize("server", ["default"], indirect=True)

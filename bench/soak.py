@@ -258,6 +258,13 @@ class Clients:
     ) -> None:
         if sorted(choices) != list(range(kind.num_choices)):
             raise Wrong(f"choices {sorted(choices)} instead of {kind.num_choices}")
+        self.check_ids(kind, seed, choices)
+        if usage is not None:
+            received = sum(len(choice.ids) for choice in choices.values())
+            if received != usage["completion_tokens"]:
+                raise Wrong(f"{received} ids instead of {usage['completion_tokens']}")
+
+    def check_ids(self, kind: Kind, seed: int, choices: dict[int, Choice]) -> None:
         # Which choice is which is up to the order in which they reach the stand-in.
         planned = [
             self.script.plan(seed, LONG, kind.text, choice) for choice in range(kind.num_choices)
@@ -268,10 +275,6 @@ class Clients:
                 self.explain(index, choice, planned[0])
             planned.remove(fits[0])
             self.check_choice(kind, choice)
-        if usage is not None:
-            received = sum(len(choice.ids) for choice in choices.values())
-            if received != usage["completion_tokens"]:
-                raise Wrong(f"{received} ids instead of {usage['completion_tokens']}")
 
     def explain(self, index: int, choice: Choice, planned: list[int]) -> None:
         for position, pair in enumerate(zip(choice.ids, planned, strict=False)):
@@ -298,11 +301,7 @@ class Clients:
 class EngineClients(Clients):
     """The clients of a real engine: how many its ids are is known, and what has to fit to them."""
 
-    def check(
-        self, kind: Kind, seed: int, choices: dict[int, Choice], usage: dict[str, int] | None
-    ) -> None:
-        if sorted(choices) != list(range(kind.num_choices)):
-            raise Wrong(f"choices {sorted(choices)} instead of {kind.num_choices}")
+    def check_ids(self, kind: Kind, seed: int, choices: dict[int, Choice]) -> None:
         for choice in choices.values():
             texts = [self.texts[i] for i in choice.ids]
             # A part of a character is shown in the way of the release.
@@ -318,10 +317,6 @@ class EngineClients(Clients):
                 self.num_by_version[span["version"]] += end - span["start"]
             if kind.end != "hang up" and end != len(choice.ids):
                 raise Wrong(f"{choice.weight_versions} of {len(choice.ids)} ids")
-        if usage is not None:
-            received = sum(len(choice.ids) for choice in choices.values())
-            if received != usage["completion_tokens"]:
-                raise Wrong(f"{received} ids instead of {usage['completion_tokens']}")
 
 
 def run_clients(own: Clients, clients: int, num_ids: int, tokens: int, pipe: Any) -> None:

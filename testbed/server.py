@@ -186,6 +186,16 @@ if ON_GPU:
         "ngram": Mode(("--speculative-algorithm=NGRAM",)),
     }
     MODES |= GPU_MODES
+# How outputs reach the handlers.
+STREAMING_MODES = (
+    "default",
+    "stream_output",
+    "stream_interval",
+    "stream_output_interval",
+    "overlap",
+    "workers2",
+    "retract",
+)
 # Those that `make test` starts: enough for every clause and every capability.
 SHORT_MODES = (
     "stock",

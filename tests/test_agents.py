@@ -53,6 +53,7 @@ from testbed.server import (
     FAILS_ABORTED_STREAMS,
     INCREMENTAL,
     STOCK_TRACKS_VERSIONS,
+    STREAMING_MODES,
     Server,
 )
 from testbed.tiny_model import load_tokenizer
@@ -62,17 +63,7 @@ PATHS = [MESSAGES, RESPONSES]
 ASKING = {"return_token_ids": True, "logprobs": True}
 endpoints = pytest.mark.parametrize("path", PATHS)
 default = pytest.mark.parametrize("server", ["default"], indirect=True)
-# How outputs reach the handlers.
-STREAMING = [
-    "default",
-    "stream_output",
-    "stream_interval",
-    "stream_output_interval",
-    "overlap",
-    "workers2",
-    "retract",
-    "reasoning",
-]
+STREAMING = [*STREAMING_MODES, "reasoning"]
 NUM_CLIENTS = 8
 NUM_EXAMPLES = 60
 # How much of a stream there is before it is aborted.

@@ -44,21 +44,13 @@ from testbed.server import (
     GPU_MODES,
     IS_NATIVE,
     ON_GPU,
+    STREAMING_MODES,
     THINK_IS_A_TOKEN,
     Server,
 )
 from testbed.tiny_model import CALL_WITH_TAGS, EOS, load_tokenizer
 
-MODES = [
-    "default",
-    "stream_output",
-    "stream_interval",
-    "stream_output_interval",
-    "overlap",
-    "workers2",
-    "retract",
-    *GPU_MODES,
-]
+MODES = [*STREAMING_MODES, *GPU_MODES]
 
 
 CASES: dict[str, dict[str, Any]] = {

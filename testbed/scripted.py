@@ -235,6 +235,22 @@ def marks_in(choice: dict[str, Any]) -> list[int]:
     return [int(code, 16) - MARK for code in re.findall(r"\\u(4[ef][0-9a-f]{2})", text)]
 
 
+def logprobs_of(choice: dict[str, Any]) -> list[tuple[float, list[float]]]:
+    """The log-probabilities of a choice or chunk, each with those of its alternatives."""
+    logprobs = choice.get("logprobs")
+    if not logprobs:
+        return []
+    if "content" in logprobs:
+        return [
+            (entry["logprob"], [top["logprob"] for top in entry["top_logprobs"]])
+            for entry in logprobs["content"]
+        ]
+    return [
+        (value, list(top.values()))
+        for value, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+    ]
+
+
 def num_ids_behind(plan: Plan, index: int, mark: int) -> int:
     """How many ids had been put out when the engine put out a mark."""
     num_ids = 0

@@ -39,6 +39,7 @@ from testbed.agents import (
     without_ids,
 )
 from testbed.client import CHAT, post
+from testbed.plans import plans
 from testbed.scripted import (
     PROMPT_IDS,
     Plan,
@@ -57,7 +58,6 @@ from testbed.server import (
     Server,
 )
 from testbed.tiny_model import load_tokenizer
-from tests.test_token_ids_property import plans
 
 PATHS = [MESSAGES, RESPONSES]
 ASKING = {"return_token_ids": True, "logprobs": True}

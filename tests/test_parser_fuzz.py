@@ -3,7 +3,9 @@
 Texts are drawn in the markers of the parsers, whole and broken, and cut into steps of a
 scripted engine. The same script is served twice, to a request that does not ask for ids
 and to one that does. Without the ids the two streams have to be equal, event by event,
-also where the release itself fails at a text; the ids have to be those of the engine.
+also where the release itself fails at a text; the ids have to be those of the engine, and
+log-probabilities, where they are asked for, those of the ids. With several choices, the
+streams have to be equal choice by choice: which of them wakes first is up to the event loop.
 
     make test ARGS="-k parser_fuzz --fuzz-seconds=1800 --fuzz-seed=7"
 """
@@ -40,6 +42,7 @@ from testbed.scripted import (
     Serving,
     Step,
     Stream,
+    logprobs_of,
     marks_in,
     num_ids_behind,
     serve,
@@ -49,6 +52,11 @@ from testbed.server import CUTS_INCREMENTAL_COMPLETIONS, INCREMENTAL
 
 # So many take about a minute in all, and every pair of parsers has its turn.
 NUM_CASES = 2200
+RESPONSE_FORMATS = [
+    {"type": "text"},
+    {"type": "json_object"},
+    {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}},
+]
 MAX_FAILURES = 5
 MAX_SHRINKING = 400
 FINISH_REASONS = [
@@ -70,12 +78,28 @@ class Case:
     # How many ids and which text a step has, and how often the event loop runs before it.
     steps: list[tuple[int, str, int]]
     finish: dict[str, Any]
+    # The steps of further choices.
+    others: list[list[tuple[int, str, int]]] = dataclasses.field(default_factory=list)
+
+    @property
+    def with_logprobs(self) -> bool:
+        return bool(self.fields.get("logprobs"))
 
     def plan(self) -> Plan:
         ids = itertools.count(1000)
-        steps = [Step([next(ids) for _ in range(size)], text) for size, text, _ in self.steps]
-        schedule = [(0, wait) for _, _, wait in self.steps]
-        return Plan([steps], [self.finish], schedule, (2, 12))
+        choices = [self.steps, *self.others]
+        # Each has a step in turn.
+        turns = [
+            (index, steps[position][2])
+            for position in range(max(map(len, choices)))
+            for index, steps in enumerate(choices)
+            if position < len(steps)
+        ]
+        steps = [
+            [Step([next(ids) for _ in range(size)], text) for size, text, _ in steps]
+            for steps in choices
+        ]
+        return Plan(steps, [self.finish] * len(choices), turns, (2, 12))
 
     def request(self, **more: Any) -> Any:
         from sglang.srt.entrypoints.openai.protocol import (
@@ -83,7 +107,7 @@ class Case:
             CompletionRequest,
         )
 
-        fields = {"model": "m", "stream": True, **self.fields, **more}
+        fields = {"model": "m", "stream": True, "n": 1 + len(self.others), **self.fields, **more}
         if not self.is_chat:
             return CompletionRequest(prompt=PROMPT_IDS, **fields)
         messages = [{"role": "user", "content": "hi"}]
@@ -105,13 +129,19 @@ class Drawer:
     def draw(self, tool_call_parser: str | None, reasoning_parser: str | None) -> Case:
         is_chat = self.rng.random() < 0.95
         fields = self.fields() if is_chat else {}
+        if self.rng.random() < 0.2:
+            fields.update({"logprobs": True, "top_logprobs": 2} if is_chat else {"logprobs": 2})
         if self.rng.random() < 0.4:
             usage = self.rng.random() < 0.7
             fields["stream_options"] = {"include_usage": True, "continuous_usage_stats": usage}
         text = self.text(fields.get("tool_choice"))
         finish = self.rng.choice(FINISH_REASONS)
         steps = self.steps(text, finish)
-        return Case(tool_call_parser, reasoning_parser, is_chat, fields, steps, finish)
+        others = []
+        if self.rng.random() < 0.15:
+            texts = [self.text(fields.get("tool_choice")) for _ in range(self.rng.randint(1, 2))]
+            others = [self.steps(text, finish) for text in texts]
+        return Case(tool_call_parser, reasoning_parser, is_chat, fields, steps, finish, others)
 
     def fields(self) -> dict[str, Any]:
         from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
@@ -141,6 +171,8 @@ class Drawer:
             fields["reasoning_effort"] = rng.choice(["low", "high"])
         if rng.random() < 0.05:
             fields["continue_final_message"] = True
+        if rng.random() < 0.1:
+            fields["response_format"] = rng.choice(RESPONSE_FORMATS)
         # In later releases.
         name = "return_output_ids_in_sglext"
         if name in ChatCompletionRequest.model_fields and rng.random() < 0.1:
@@ -260,7 +292,9 @@ class Fuzz:
 
     def check(self, case: Case) -> None:
         if CUTS_INCREMENTAL_COMPLETIONS and self.serving.is_incremental and not case.is_chat:
-            case = dataclasses.replace(case, is_chat=True)
+            logprobs = {"logprobs": True, "top_logprobs": 2} if case.with_logprobs else {}
+            fields = {**case.fields, **logprobs}
+            case = dataclasses.replace(case, is_chat=True, fields=fields)
         try:
             self.use_parsers(case)
         except ImportError as error:
@@ -283,42 +317,63 @@ class Fuzz:
         """Serve a case without ids and with, and say where the streams differ, if they do."""
         self.use_parsers(case)
         plan = case.plan()
-        plain = self.serving.stream(case.request(), plan)
+        # With log-probabilities, stock sends chunks that have nothing else. What they say is on
+        # the next chunk of a stream with ids.
+        names = {"logprobs", "top_logprobs"}
+        fields = {name: value for name, value in case.fields.items() if name not in names}
+        plain = self.serving.stream(dataclasses.replace(case, fields=fields).request(), plan)
         asking = self.serving.stream(case.request(return_token_ids=True), plan)
         if count:
             self.count(case, plain)
-        expected = [*map(bare, plain.events), plain.error]
-        got = [*map(bare, asking.events), asking.error]
-        for position, (left, right) in enumerate(itertools.zip_longest(expected, got)):
-            if left != right:
-                return f"event {position}\n  without ids: {left}\n  with ids:    {right}"
-        return self.wrong_ids(plan, asking, case.is_chat)
+        if case.others:
+            if has_failed(plain) or has_failed(asking):
+                # How far the others have come by then depends on who wakes first.
+                equal = has_failed(plain) == has_failed(asking)
+                return "" if equal else "one of the streams fails, and the other does not"
+            pairs = zip(by_choice(case, plain), by_choice(case, asking), strict=True)
+        else:
+            pairs = zip([comparable(case, plain)], [comparable(case, asking)], strict=True)
+        for index, (expected, got) in enumerate(pairs):
+            for position, (left, right) in enumerate(itertools.zip_longest(expected, got)):
+                if left != right:
+                    where = f"event {position}" + (f" of choice {index}" if case.others else "")
+                    return f"{where}\n  without ids: {left}\n  with ids:    {right}"
+        return self.wrong_ids(case, plan, asking)
 
-    def wrong_ids(self, plan: Plan, stream: Stream, is_chat: bool) -> str:
+    def wrong_ids(self, case: Case, plan: Plan, stream: Stream) -> str:
         """Say what is wrong with the ids of a stream, if anything is."""
-        sent: list[int] = []
-        has_failed = bool(stream.error)
+        sent: list[list[int]] = [[] for _ in plan.choices]
+        is_failed = bool(stream.error)
         for position, event in enumerate(stream.events):
             if event == DONE:
                 continue
-            has_failed |= "error" in event
-            if is_chat and ("prompt_token_ids" in event) != (position == 0) and not has_failed:
+            is_failed |= "error" in event
+            is_first = position == 0
+            if case.is_chat and ("prompt_token_ids" in event) != is_first and not is_failed:
                 return f"event {position}: the prompt ids belong on the first chunk"
             for choice in event.get("choices", ()):
                 ids = choice.get("token_ids", [])
                 if "token_ids" in choice and not ids:
                     return f"event {position} has an empty list of ids"
-                sent += ids
+                if case.with_logprobs:
+                    expected_logprobs = [(-float(i), [-float(i), -float(i) - 0.5]) for i in ids]
+                    if logprobs_of(choice) != expected_logprobs:
+                        return f"event {position}: {logprobs_of(choice)} for the ids {ids}"
+                index = choice["index"]
+                sent[index] += ids
                 for mark in marks_in(choice):
-                    if len(sent) < num_ids_behind(plan, 0, mark):
+                    if len(sent[index]) < num_ids_behind(plan, index, mark):
                         return f"event {position}: an id is later than text made from it"
-        expected = plan.ids(0)
-        if sent != (expected[: len(sent)] if has_failed else expected):
-            return f"ids\n  of the engine: {expected}\n  sent:          {sent}"
+        for index, ids in enumerate(sent):
+            expected = plan.ids(index)
+            if ids != (expected[: len(ids)] if is_failed else expected):
+                return f"ids of choice {index}\n  of the engine: {expected}\n  sent:          {ids}"
         return ""
 
     def count(self, case: Case, plain: Stream) -> None:
-        if plain.error or any(event != DONE and "error" in event for event in plain.events):
+        self.counts["with logprobs"] += case.with_logprobs
+        self.counts["with several choices"] += bool(case.others)
+        if has_failed(plain):
             self.counts["failing"] += 1
         for event in plain.events:
             for choice in () if event == DONE else event.get("choices", ()):
@@ -352,7 +407,9 @@ class Fuzz:
         not_served = "".join(f"\n{x}: {error}" for x, error in sorted(self.not_served.items()))
         return (
             f"{self.counts['streams']} streams compared, {self.counts['failing']} of which the "
-            f"release itself fails at; {len(self.pairs)} of {self.num_pairs()} pairs of parsers; "
+            f"release itself fails at, {self.counts['with logprobs']} with log-probabilities, "
+            f"{self.counts['with several choices']} with several choices; {len(self.pairs)} of "
+            f"{self.num_pairs()} pairs of parsers; "
             f"calls seen from {len(self.tools_seen - {None})} of {len(self.calls)} and reasoning "
             f"from {len(self.thoughts_seen - {None})} of {len(self.thoughts)}; seed {self.seed}"
             f"{', nothing from ' if unseen else ''}{', '.join(unseen)}{not_served}"
@@ -362,6 +419,8 @@ class Fuzz:
 def smaller_cases(case: Case) -> Iterator[Case]:
     replace = dataclasses.replace
     steps = case.steps
+    for i in range(len(case.others)):
+        yield replace(case, others=[*case.others[:i], *case.others[i + 1 :]])
     size = len(steps) // 2
     while size:
         for start in range(0, len(steps) - size + 1, size):
@@ -381,8 +440,38 @@ def smaller_cases(case: Case) -> Iterator[Case]:
         yield replace(case, steps=plain)
 
 
-def bare(event: Any) -> Any:
-    return event if event == DONE else without_ids(event)
+def has_failed(stream: Stream) -> bool:
+    is_error = any(event != DONE and "error" in event for event in stream.events)
+    return bool(stream.error) or is_error
+
+
+def comparable(case: Case, stream: Stream) -> list[Any]:
+    """The events of a stream and what ended it, without ids and log-probabilities."""
+    return [*(bare(event, case.with_logprobs) for event in stream.events), stream.error]
+
+
+def by_choice(case: Case, stream: Stream) -> list[list[Any]]:
+    """The events of each choice, and in the end those that belong to none."""
+    lists: list[list[Any]] = [[] for _ in range(2 + len(case.others))]
+    for event in comparable(case, stream)[:-1]:
+        index = -1
+        if event != DONE and event.get("choices"):
+            index = event["choices"][0]["index"]
+            # It says what all choices have had by then.
+            event.pop("usage", None)
+        lists[index].append(event)
+    return lists
+
+
+def bare(event: Any, with_logprobs: bool) -> Any:
+    if event == DONE:
+        return event
+    event = without_ids(event)
+    if with_logprobs:
+        # Where stock sends none, and whose alternatives it sends, is its own affair.
+        for choice in event.get("choices", ()):
+            choice.pop("logprobs", None)
+    return event
 
 
 # Once, a stream with ids lost or doubled text in these.

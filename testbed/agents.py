@@ -117,6 +117,7 @@ def without_ids(value: dict[str, Any]) -> dict[str, Any]:
 def read_stream(path: str, events: Iterable[dict[str, Any]]) -> Read:
     """Read a stream, and see that each field is on the events that may have it, and once."""
     read = Read({}, [], [], [], None, 0, [])
+    may_carry = False
     for event in events:
         kind = event["type"]
         if path == MESSAGES:
@@ -137,6 +138,7 @@ def read_stream(path: str, events: Iterable[dict[str, Any]]) -> Read:
         if "prompt_token_ids" in prompt:
             assert not read.prompt, "the prompt ids come once"
             read.prompt = prompt["prompt_token_ids"]
+        may_carry |= allowed
         assert allowed or not {"token_ids", "token_logprobs"} & set(event), kind
         assert event.get("token_ids", [0]), "an empty key must be left out"
         new = event.get("token_ids", [])
@@ -145,12 +147,14 @@ def read_stream(path: str, events: Iterable[dict[str, Any]]) -> Read:
         read.ids += new
         read.logprobs += event.get("token_logprobs", [])
         read.sent.append((len(read.ids), without_ids(event)))
-    if path == RESPONSES and not STREAMS_RESPONSES:
+    if path == RESPONSES and not may_carry:
+        # A release that streams nothing of a response, or a response of stop tokens alone.
         assert not read.ids
         read.prompt, read.ids = read.answer["prompt_token_ids"], read.answer["token_ids"]
         read.logprobs = read.answer.get("token_logprobs", [])
-        # They say that no token was sampled.
-        read.num_tokens = len(read.ids)
+        if not STREAMS_RESPONSES:
+            # They say that no token was sampled.
+            read.num_tokens = len(read.ids)
     return read
 
 

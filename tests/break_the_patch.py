@@ -25,10 +25,14 @@ COPY = ROOT / "build" / "mutant"
 
 RECORDER = "srt/entrypoints/openai/token_ids.py"
 TRACKING = "srt/managers/token_id_tracking.py"
+LOGPROBS = "srt/entrypoints/openai/token_id_logprobs.py"
 AS_STOCK = "tests/test_served_as_stock.py"
 PROPERTIES = "tests/test_token_ids_property.py"
 FUZZ = "tests/test_parser_fuzz.py"
 END_TO_END = "tests/test_end_to_end.py"
+SEND_CHUNK = (
+    '            await send({"type": "http.response.body", "body": body, "more_body": True})'
+)
 
 
 @dataclasses.dataclass
@@ -79,8 +83,8 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "last-id-missing": Mutant(
         "C2",
-        RECORDER,
-        'meta_info.get("completion_tokens", choice.num_ready)',
+        TRACKING,
+        'meta_info.get("completion_tokens", self.num_ready)',
         'meta_info["completion_tokens"] - bool(meta_info["finish_reason"])',
         [PROPERTIES],
     ),
@@ -101,18 +105,16 @@ MUTANTS: dict[str, Mutant] = {
     "chunk-invented": Mutant(
         "C4",
         RECORDER,
-        "chunk = self._annotate_chunk(chunk, key_start + len(_CHOICES_KEY))",
-        "chunk = self._annotate_chunk(chunk, key_start + len(_CHOICES_KEY))\n"
-        "                    if '\"content\":null' in chunk:\n"
-        "                        yield chunk",
+        SEND_CHUNK,
+        f"{SEND_CHUNK}\n            if b'\"content\":null' in body:\n    {SEND_CHUNK}",
         [PROPERTIES, "-k", "chat"],
     ),
     "reasoning-lost": Mutant(
         "C4",
         RECORDER,
-        "            yield chunk\n\n    def _find_unsent",
-        '            if \'"reasoning_content":"\' not in chunk or \'"content":"\' in chunk:\n'
-        "                yield chunk\n\n    def _find_unsent",
+        SEND_CHUNK,
+        '            if b\'"reasoning_content":"\' not in body or b\'"content":"\' in body:\n'
+        f"    {SEND_CHUNK}",
         [FUZZ],
     ),
     "sent-twice-with-a-call": Mutant(
@@ -132,7 +134,7 @@ MUTANTS: dict[str, Mutant] = {
     # Survive on releases before v0.5.23, which have neither.
     "bytes-of-the-text": Mutant(
         "C5",
-        RECORDER,
+        LOGPROBS,
         "if _token_id_to_bytes is not None:",
         "if False:",
         ["tests/test_stock_identity.py", "-k", "test_asking_adds_to"],
@@ -147,22 +149,22 @@ MUTANTS: dict[str, Mutant] = {
     "log-probabilities-shifted": Mutant(
         "C5",
         RECORDER,
-        "            logprobs[start:end], top_logprobs",
-        "            logprobs[max(start - 1, 0) : end - bool(start)], top_logprobs",
+        "output_token_logprobs[start:end]",
+        "output_token_logprobs[max(start - 1, 0) : end - bool(start)]",
         [PROPERTIES],
     ),
     "first-alternatives-for-all": Mutant(
         "C5",
-        RECORDER,
+        LOGPROBS,
         "alternatives = top_logprobs[i] if",
         "alternatives = top_logprobs[0] if",
         [PROPERTIES, "-k", "chat"],
     ),
     "prompt-before-truncation": Mutant(
         "C6",
-        RECORDER,
-        "prompt_ids[:num_prompt_ids])",
-        "prompt_ids)",
+        TRACKING,
+        "list(sent_ids[:num_prefilled])",
+        "list(sent_ids)",
         [END_TO_END, "-k", "truncated_prompt"],
     ),
     "prompt-on-every-choice": Mutant(
@@ -182,15 +184,15 @@ MUTANTS: dict[str, Mutant] = {
     "lists-of-prompts-forgotten": Mutant(
         "C7",
         "srt/managers/tokenizer_manager.py",
-        "            if track_token_ids(tokenized_obj, state):",
-        "            if False:",
+        "            track_token_ids(tokenized_obj, self.rid_to_state[tokenized_obj.rid])",
+        "            pass",
         [END_TO_END, "-k", "test_lists_of_prompts and default"],
     ),
     "queued-abort-unanswered": Mutant(
         "C7",
-        RECORDER,
-        "num_prompt_ids = meta_info.setdefault(",
-        "num_prompt_ids = (lambda key, _: meta_info[key])(",
+        TRACKING,
+        "num_prefilled = meta_info.setdefault(",
+        "num_prefilled = (lambda key, _: meta_info[key])(",
         [END_TO_END, "-k", "one_at_a_time"],
     ),
     "null-when-off": Mutant(
@@ -204,22 +206,22 @@ MUTANTS: dict[str, Mutant] = {
     "false-ignored": Mutant(
         "C9",
         RECORDER,
-        "(default if asked is None else asked)",
-        "(default or asked)",
+        "with_ids = default if asked is None else asked",
+        "with_ids = default or asked",
         [END_TO_END, "-k", "test_server_default and default_on-"],
     ),
     "flag-ignored": Mutant(
         "C9",
         RECORDER,
-        "(default if asked is None else asked)",
-        "asked",
+        "with_ids = default if asked is None else asked",
+        "with_ids = asked",
         [END_TO_END, "-k", "test_server_default and default_on-"],
     ),
     "default-refuses-echo": Mutant(
         "C9",
         RECORDER,
-        "if asked and not is_native:",
-        "if not is_native:",
+        "(asked and not is_native)",
+        "not is_native",
         [END_TO_END, "-k", "test_the_default_leaves_echo"],
     ),
     "default-refuses-a-longer-prompt": Mutant(
@@ -239,7 +241,7 @@ MUTANTS: dict[str, Mutant] = {
     "two-errors": Mutant(
         "C10",
         RECORDER,
-        " and not is_failed",
+        " and not self._is_failed",
         "",
         [AS_STOCK, "-k", "mid_stream"],
     ),
@@ -323,16 +325,16 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "generate-before-truncation": Mutant(
         "C6",
-        TOKENS,
-        "choice.prompt_ids = get_prefilled_ids(choice.prompt_ids, meta_info) or ()",
-        "pass",
+        TRACKING,
+        "list(sent_ids[:num_prefilled])",
+        "list(sent_ids)",
         [TOKENS_IN_OUT, "-k", "prefilled"],
     ),
     "generate-sends-twice": Mutant(
         "C3",
         TOKENS,
-        "end = choice.num_sent = meta_info",
-        "end = meta_info",
+        "end = choice.num_sent = choice.num_ready",
+        "end = choice.num_ready",
         [TOKENS_IN_OUT, "-k", "those_of_completions"],
     ),
     "generate-logprobs-shifted": Mutant(
@@ -359,8 +361,8 @@ MUTANTS: dict[str, Mutant] = {
     "versions-twice": Mutant(
         "C3",
         RECORDER,
-        "choice.weight_versions is not None and _NO_FINISH_REASON not in tail",
-        "choice.weight_versions is not None",
+        "versions is not None and _NO_FINISH_REASON not in tail",
+        "versions is not None",
         [TEST_WEIGHT_VERSIONS, "-k", "several"],
     ),
     "version-of-a-chunked-prefill": Mutant(
@@ -653,8 +655,8 @@ MUTANTS: dict[str, Mutant] = {
     "sglext-of-the-last-part": Mutant(
         "names",
         ID_NAMES,
-        "self._state(index).output_ids[:num_ids]",
-        "self._state(index).output_ids[num_ids // 2 : num_ids]",
+        "choice.state.output_ids[: choice.num_ready]",
+        "choice.state.output_ids[choice.num_ready // 2 : choice.num_ready]",
         [TEST_ID_NAMES, "-k", "abort"],
     ),
     "sglext-unframed": Mutant(
@@ -694,7 +696,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "most-likely-tokens-as-text": Mutant(
         "names",
-        RECORDER,
+        LOGPROBS,
         "and [self._name_tokens(alternatives) for alternatives in top_logprobs]",
         "and [alternatives for alternatives in top_logprobs]",
         [TEST_ID_NAMES, "-k", "as_token_ids"],

@@ -323,12 +323,17 @@ class Agents:
     serving: Serving
 
     def __post_init__(self) -> None:
+        from sglang.srt.entrypoints.agent_token_ids import add_agent_token_ids
         from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
         from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
+        from starlette.datastructures import State
 
         handlers = self.serving.handlers
-        self.messages = AnthropicServing(handlers.chat)
         self.responses = OpenAIServingResponses(handlers.manager, handlers.templates)
+        self.state = State()
+        self.state.anthropic_serving = AnthropicServing(handlers.chat)
+        self.state.openai_serving_responses = self.responses
+        add_agent_token_ids(self.state, handlers.manager.server_args)
 
     def ask(self, path: str, body: dict[str, Any], plan: Plan) -> Any:
         """Return the answer, or the events of a stream."""
@@ -336,17 +341,16 @@ class Agents:
         return self.serving.loop.run_until_complete(self._ask(path, body))
 
     async def _ask(self, path: str, body: dict[str, Any]) -> Any:
-        from sglang.srt.entrypoints import agent_token_ids
         from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
         from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
 
-        raw, server_args = http_request(body), self.serving.handlers.manager.server_args
+        raw = http_request(body)
         if path == MESSAGES:
             asked = AnthropicMessagesRequest(**body)
-            result = await agent_token_ids.handle_messages(self.messages, asked, raw, server_args)
+            result = await self.state.anthropic_serving.handle_messages(asked, raw)
         else:
             asked = ResponsesRequest(**body)
-            result = await agent_token_ids.create_responses(self.responses, asked, raw, server_args)
+            result = await self.state.openai_serving_responses.create_responses(asked, raw)
         chunks = getattr(result, "body_iterator", result)
         if hasattr(chunks, "__aiter__"):
             return events_of("".join([chunk async for chunk in chunks]))
@@ -477,7 +481,7 @@ def test_generations_of_a_server_that_runs_tools(agents: Agents) -> None:
         return Plan([[Step(ids, "a")]], finish, [(0, 0)], (0, 0), num_prompt_ids)
 
     answer = _ResponsesAnswer(_Asked(by_itself=True, with_logprobs=True))
-    handler = answer.watch(agents.responses, None, None, 0)
+    handler = answer.watch(agents.responses, None, None, keeps_turns=False)
     params = {"max_new_tokens": 8}
     request = GenerateReqInput(input_ids=PROMPT_IDS, sampling_params=params, rid="r", stream=True)
 

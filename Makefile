@@ -24,6 +24,7 @@
 #   make port           start the series of a release: FROM=v0.5.15.post1 TO=v0.5.16
 #   make pins           recompute the hashes of pins.toml
 #   make upstream-prs   the patches as pull requests to upstream, in dist/upstream
+#   make check-upstream prove them: each alone and all in order, their tests, upstream's hooks
 # Measure it
 #   make bench          measure what ids cost (with valgrind), and make the report
 #   make bench-report   make bench/results/report.md of what was measured
@@ -100,6 +101,9 @@ port:
 upstream-prs:
 	$(TOOLS) pull-requests
 
+check-upstream:
+	$(TOOLS) pull-requests --check $(ARGS)
+
 install:
 	$(TOOLS) install $(RELEASE) --python "$(PYTHON)" $(ARGS)
 
@@ -155,5 +159,5 @@ clean:
 	rm -rf build dist
 
 .PHONY: help wheel environment test test-full check check-all wheel-all test-all compatibility \
-	status pins port upstream-prs install uninstall apply unapply verify lint mutants bench \
-	bench-vllm bench-report test-vllm patch-tree patch-new patch-refresh clean
+	status pins port upstream-prs check-upstream install uninstall apply unapply verify lint \
+	mutants bench bench-vllm bench-report test-vllm patch-tree patch-new patch-refresh clean

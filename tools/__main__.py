@@ -32,7 +32,7 @@ COMMANDS = {
         "status": "show how much of upstream each series touches",
         "port": "start the series of a release from that of another",
         "pins": "recompute the hashes of pins.toml",
-        "pull-requests": "write the patches as pull requests to upstream",
+        "pull-requests": "write the pull requests to upstream, and prove them",
     },
 }
 

@@ -1,14 +1,17 @@
 """The patches as pull requests to upstream: one mbox each, and its text.
 
-Each folder of upstream/ is a pull request on top of the ones before it:
+upstream/series lists the folders of upstream/ in the order in which they are sent. Each is a
+pull request on the pristine release, or on the one that it needs:
 
     pull-request.md   its title and text, in upstream's form
     series            its patches, which are beside it or in patches/
+    needs             the pull request that has to be merged before, if one has to
     files/            tests in upstream's layout, which no wheel has
     tests.diff        what it changes in the tests of an earlier one
     docs.diff         what it changes in upstream's documentation, which no wheel has
 
-Tests and documentation make the last commit of the mbox.
+Tests and documentation make the last commit of the mbox. `--check` applies each alone and all in
+order, runs their tests without and with the change, and lints what changes as upstream does.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tools.common import PATCHES, ROOT, ToolError, run, say
+from tools.common import BUILD, PATCHES, ROOT, ToolError, run, say
+from tools.environment import python_of
 from tools.releases import Release, extract_source, load_release
 from tools.series import FORMAT_PATCH, committer_environment, make_repository
 
@@ -38,7 +42,22 @@ OWN_TRAILERS = re.compile(r"^(?:Forwarded|Prepared|Last-Update): .*\n", re.MULTI
 
 
 def folders() -> list[Path]:
-    return sorted(path.parent for path in PULL_REQUESTS.glob("*/pull-request.md"))
+    """Return the pull requests in the order in which they are sent.
+
+    Raises:
+        ToolError: If the series and the folders are not the same.
+    """
+    names = (PULL_REQUESTS / "series").read_text().split()
+    found = {path.parent.name for path in PULL_REQUESTS.glob("*/pull-request.md")}
+    if found != set(names):
+        raise ToolError(f"upstream/series and its folders differ in {found ^ set(names)}")
+    return [PULL_REQUESTS / name for name in names]
+
+
+def base_of(folder: Path) -> str:
+    """Return the branch that a pull request is for: that of another, or `upstream`."""
+    needs = folder / "needs"
+    return needs.read_text().strip() if needs.exists() else "upstream"
 
 
 def read_text(folder: Path) -> tuple[str, str]:
@@ -74,11 +93,27 @@ def patches_of(folder: Path) -> list[Path]:
     return found
 
 
+def tests_of(folder: Path) -> list[Path]:
+    """Return the files of tests of a pull request, as paths in upstream's tree.
+
+    Raises:
+        ToolError: If it has none.
+    """
+    files = folder / "files"
+    found = sorted(path.relative_to(files) for path in files.glob("test/registered/**/test_*.py"))
+    if not found:
+        raise ToolError(f"{folder.name}/files has no tests")
+    return found
+
+
+def git(tree: Path, *arguments: str) -> str:
+    return run(["git", *arguments], tree, committer_environment(tree))
+
+
 def commit_patch(patch: Path, tree: Path) -> None:
     mail = tree.with_name("patch.mbox")
     mail.write_text(OWN_TRAILERS.sub("", patch.read_text()))
-    command = ["git", "am", "--quiet", "--committer-date-is-author-date", str(mail)]
-    run(command, cwd=tree, env=committer_environment(tree))
+    git(tree, "am", "--quiet", "--committer-date-is-author-date", str(mail))
 
 
 def commit_files(folder: Path, title: str, tree: Path) -> None:
@@ -117,16 +152,16 @@ def write_pull_requests(release: Release, target: Path) -> None:
         tree = Path(scratch) / "tree"
         extract_source(release, tree)
         make_repository(tree)
-        env = committer_environment(tree)
         for folder in folders():
             title, text = read_text(folder)
-            start = run(["git", "rev-parse", "HEAD"], tree, env).strip()
+            start = git(tree, "rev-parse", base_of(folder)).strip()
+            git(tree, "checkout", "--quiet", "-b", folder.name, start)
             for patch in patches_of(folder):
                 commit_patch(patch, tree)
             commit_files(folder, title, tree)
             write_mbox(folder, start, tree, target / f"{folder.name}.mbox")
             (target / f"{folder.name}.md").write_text(text)
-            count = run(["git", "rev-list", "--count", f"{start}..HEAD"], tree, env).strip()
+            count = git(tree, "rev-list", "--count", f"{start}..HEAD").strip()
             say(f"{folder.name}: {title} ({count} commits)")
 
 
@@ -134,9 +169,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "dist" / "upstream", help="default: dist/upstream"
     )
+    parser.add_argument("--check", action="store_true", help="prove what was written")
+    parser.add_argument(
+        "--python",
+        type=Path,
+        default=python_of(BUILD / f"env-{BASE}"),
+        help="for --check: has all that SGLang imports (default: of the tests' environment)",
+    )
+    parser.add_argument("names", nargs="*", help="for --check: only these, without the whole order")
 
 
 def main(args: argparse.Namespace) -> int:
-    write_pull_requests(load_release(BASE), args.output)
+    release = load_release(BASE)
+    write_pull_requests(release, args.output)
+    if args.check:
+        from tools.check_pull_requests import check
+
+        check(release, args.output, args.python, args.names)
     print(f"{args.output}: apply them in order with `git am`")
     return 0

@@ -11,7 +11,6 @@ from unittest.mock import Mock, patch
 
 from sglang.srt.entrypoints.openai.protocol import (
     ChatCompletionRequest,
-    CompletionRequest,
     MessageProcessingResult,
 )
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from testbed import parser_answers
 from testbed.release import UPSTREAM
 from tools import check_pull_requests, pull_requests
 from tools.common import ToolError
@@ -54,7 +55,11 @@ def test_all_apply_in_order(written: Path, tree: Path) -> None:
     check_pull_requests.check_in_order(written, tree, PYTHON)
 
 
-def test_the_stack_ends_where_the_series_does(tree: Path, tmp_path: Path) -> None:
+def test_the_table_of_parsers_is_what_is_measured() -> None:
+    assert parser_answers.table() == parser_answers.TARGET.read_text()
+
+
+def test_the_stack_ends_where_the_series_does(written: Path, tree: Path, tmp_path: Path) -> None:
     """What is proposed is what is proved, with the fix that the wheel does not need below."""
     release = load_release(pull_requests.BASE)
     series = read_series(release)
@@ -69,7 +74,9 @@ def test_the_stack_ends_where_the_series_does(tree: Path, tmp_path: Path) -> Non
     make_tree(release, tmp_path / "series")
     git(tmp_path / "series", "checkout", "--quiet", f"HEAD~{len(series) - len(proposed)}")
     stack = tmp_path / "stack"
-    git(tree, "worktree", "add", "--quiet", "--detach", str(stack), OURS[-1])
+    git(tree, "worktree", "add", "--quiet", "--detach", str(stack), "upstream")
+    for name in ("streamed-logprobs", *OURS):
+        git(stack, "am", "--quiet", str(written / f"{name}.mbox"))
     [fix] = (pull_requests.PULL_REQUESTS / "streamed-logprobs").glob("*.patch")
     git(stack, "apply", "--reverse", str(fix))
     files = {file for patch in series if patch.prepared for file in patch.files}

@@ -59,6 +59,7 @@ TEST_PROMPT_IDS = "tests/test_prompt_ids.py"
 TOKENS = "srt/entrypoints/openai/serving_tokens.py"
 TOKENS_IN_OUT = "tests/test_tokens_in_out.py"
 ALL_OR_NOTHING = "srt/weight_sync/all_or_nothing.py"
+BROADCAST = "srt/weight_sync/broadcast.py"
 TEST_ALL_OR_NOTHING = "tests/test_all_or_nothing.py"
 WEIGHT_VERSIONS = "srt/managers/weight_versions.py"
 TEST_WEIGHT_VERSIONS = "tests/test_weight_versions.py"
@@ -560,6 +561,20 @@ MUTANTS: dict[str, Mutant] = {
         "self._expected = self._expected or read_shapes(*self._start)",
         "pass",
         [TEST_ALL_OR_NOTHING, "-k", "a_server_that and dummy"],
+    ),
+    "views-not-aligned": Mutant(
+        "C1",
+        BROADCAST,
+        "if x.start_idx % x.dtype.itemsize:",
+        "if False:",
+        [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
+    ),
+    "a-bucket-not-sent-in-full": Mutant(
+        "C1",
+        BROADCAST,
+        "        self._broadcast(flattened)\n",
+        "        self._broadcast(flattened.clone().zero_())\n",
+        [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
     ),
     "a-trainer-joins-in-vain": Mutant(
         "C1",

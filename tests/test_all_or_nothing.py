@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -93,16 +94,58 @@ def update_on(rank: int, port: int, error_on: int | None, fails_on: int | None) 
     return success, message, model.weight.item()
 
 
+def weights_of_odd_sizes() -> dict[str, Any]:
+    """Weights that do not all begin where their dtype is aligned when they are put in a row."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    floats = torch.rand(3, 5, generator=generator)
+    return {
+        "bytes": torch.arange(3, dtype=torch.uint8),
+        "bfloat16": floats.bfloat16(),
+        "float32": floats,
+        "scalar": torch.tensor(7.0),
+        "none": torch.empty(0, 4),
+        "last": torch.arange(5, dtype=torch.int64),
+    }
+
+
+def broadcast_on(rank: int, port: int, bucket: int) -> tuple[list[tuple[str, Any]], str | None]:
+    """Send weights as rank 0, or receive them.
+
+    Returns:
+        The weights, and what is left of the setting of a group of NCCL.
+    """
+    import torch.distributed as dist
+    from sglang.srt.weight_sync.broadcast import WeightBroadcaster, join, receive_weights
+
+    weights = list(weights_of_odd_sizes().items())
+    if rank == 0:
+        broadcaster = WeightBroadcaster("127.0.0.1", port, 1, 60, "cpu")
+        broadcaster.send(weights, max_bucket_bytes=bucket)
+        broadcaster.close()
+    else:
+        group = join("127.0.0.1", port, rank, 2, 60, "cpu")
+        weights = list(receive_weights(group, "cpu"))
+        dist.destroy_process_group(group)
+    return weights, os.environ.get("TORCH_NCCL_BLOCKING_WAIT")
+
+
 @pytest.fixture(scope="module")
-def ranks() -> Any:
+def processes() -> Any:
+    """A process for each rank."""
     with multiprocessing.get_context("spawn").Pool(len(RANKS)) as pool:
+        yield pool
 
-        def update(error_on: int | None = None, fails_on: int | None = None) -> list[Any]:
-            port = reserve_port()
-            jobs = [(rank, port, error_on, fails_on) for rank in RANKS]
-            return pool.starmap(update_on, jobs, chunksize=1)
 
-        yield update
+@pytest.fixture
+def ranks(processes: Any) -> Any:
+    def update(error_on: int | None = None, fails_on: int | None = None) -> list[Any]:
+        port = reserve_port()
+        jobs = [(rank, port, error_on, fails_on) for rank in RANKS]
+        return processes.starmap(update_on, jobs, chunksize=1)
+
+    return update
 
 
 @pytest.mark.full
@@ -123,6 +166,21 @@ def test_what_fails_on_one_rank_is_undone_on_all(ranks: Any, rank: int) -> None:
     reason = "parameter weight could not be loaded: it does not fit"
     message = f"Weights were not updated: {reason}."
     assert ranks(fails_on=rank) == [(False, message, OLD)] * len(RANKS)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("bucket", [1, 40, 1_000_000])
+def test_what_is_sent_is_received(processes: Any, bucket: int) -> None:
+    import torch
+
+    port = reserve_port()
+    jobs = [(rank, port, bucket) for rank in RANKS]
+    (sent, left), (received, also_left) = processes.starmap(broadcast_on, jobs, chunksize=1)
+    assert [name for name, _ in received] == [name for name, _ in sent]
+    for (name, tensor), (_, other) in zip(sent, received):
+        assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
+    # It is for the group alone.
+    assert left is None and also_left is None
 
 
 def in_place(layer: Any) -> None:

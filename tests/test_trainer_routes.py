@@ -44,6 +44,8 @@ ON_CPU_LOAD = (12_000, 8, 1, 60)
 ON_GPU_LOAD = (1_000_000, 64, 8, 300)
 NUM_UPDATES = 10
 SECONDS_BETWEEN_UPDATES = 0.5
+# By when the watchdog of NCCL has ended a process where a broadcast has failed.
+NCCL_WATCHDOG_S = 75.0
 ROUTES = [
     "/pause",
     "/resume",
@@ -297,6 +299,8 @@ def test_a_trainer_that_is_gone(server: Server, by_seed: dict[int, list[int]], f
     assert re.search(r"parameter model\.\S+ has not arrived", answer.text), answer.text
     assert time.monotonic() - start < 30
     assert not is_paused(server)
+    if ON_GPU and fault == "dies":
+        time.sleep(NCCL_WATCHDOG_S)
     assert fresh(server, PROMPT, SHORT) == by_seed[0]
     [answer] = update([server])
     assert answer.status_code == 400 and "/init_broadcaster" in answer.text

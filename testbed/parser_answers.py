@@ -220,12 +220,13 @@ def table() -> str:
             rows.append(f"| {name} | {kind} | {cell(text)} | {cell(right)} | {' | '.join(cells)} |")
     return f"""# What the tool-call parsers of {BASE} get wrong
 
-Made by `build/env-{BASE}/bin/python -m testbed.parser_answers`: answers whose parts are known, parsed by stock as
-a whole, as a stream by token, and as a stream in one chunk. White space is not compared. Of {3 * len(stock)}
-results {counts[0]} are wrong. With the pull requests here {counts[1]} of these are right (**mended**).
+Made by `build/env-{BASE}/bin/python -m testbed.parser_answers`: answers whose parts are known,
+parsed by stock as a whole, as a stream by token, and as a stream in one chunk. White space is not
+compared. Of {3 * len(stock)} results {counts[0]} are wrong. With the pull requests here
+{counts[1]} of these are right (**mended**).
 
-That a marker is text after which an answer was cut is the view of #35565. Several parsers drop it on purpose, and
-a text before it is kept by most.
+That a marker is text after which an answer was cut is the view of #35565. Several parsers drop it
+on purpose, and a text before it is kept by most.
 
 | parser | answer | as text | right | {" | ".join(WAYS)} |
 |---|---|---|---|{"---|" * len(WAYS)}

@@ -57,7 +57,13 @@ def test_options_exist(page: Path) -> None:
     files.append(STOCK / "sglang" / "srt" / "server_args.py")
     known = "\n".join(path.read_text() for path in files)
     # Those of other programs, and of v0.5.23.
-    others = {"--continue", "--force-reinstall", "--worker", "--enable-response-store"}
+    others = {
+        "--continue",
+        "--exit-immediately",
+        "--force-reinstall",
+        "--worker",
+        "--enable-response-store",
+    }
     for code in code_of(page.read_text()):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code.split("#")[0]):
             # Stock makes flags of fields.

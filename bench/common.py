@@ -35,6 +35,7 @@ class Row:
     """One figure of one variant.
 
     Attributes:
+        tokens: Of a response, or 0 if the figure does not depend on it.
         values: One for each round, in `unit`.
         ratios: `values` over those of stock of the same round.
     """
@@ -59,7 +60,8 @@ def spread(values: Sequence[float]) -> str:
 def print_rows(rows: Sequence[Row]) -> None:
     if not rows:
         return
-    print(f"\n{rows[0].case}, {rows[0].tokens} tokens")
+    tokens = f", {rows[0].tokens} tokens" if rows[0].tokens else ""
+    print(f"\n{rows[0].case}{tokens}")
     print(f"  {'':28} {rows[0].unit:32} ratio to {rows[0].variant}")
     for row in rows:
         print(f"  {row.variant:28} {spread(row.values):32} {spread(row.ratios)}", flush=True)

@@ -28,6 +28,7 @@ TITLES = {
     "vllm": "vLLM: asking against not asking",
     "memory": "Memory of the HTTP process",
     "gpu": "On a GPU",
+    "weight_broadcast": "Weights by broadcast",
 }
 NOTES = {
     "serving_layer": (
@@ -64,6 +65,12 @@ NOTES = {
         "by 8 client processes: a random Qwen2-shaped model of 1.2 B parameters, CUDA graphs on, "
         "and a word for each token, so that each is a chunk of its own."
     ),
+    "weight_broadcast": (
+        "Over NCCL from one GPU to another: bytes as they are, and as `WeightBroadcaster` "
+        "announces them in buckets. Then updates of a server while clients stream: the longest "
+        "time in which none of them got a token (`silent`), and how long the request for the "
+        "update took. `no update` is the longest time without a token in a second before."
+    ),
 }
 
 # The chart of README.md: what it is of, and its bars with their names there.
@@ -89,16 +96,16 @@ def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def table(rows: list[Row]) -> list[str]:
     """A line for each variant: its figures and their ratios to those of the first one.
 
-    The columns are numbers of tokens, or units if there are several.
+    The columns are numbers of tokens, or units if there are several or nothing depends on tokens.
     """
     columns = list(dict.fromkeys((row.tokens, row.unit) for row in rows))
     cells = {(row.variant, row.tokens, row.unit): row for row in rows}
     units = {row.unit for row in rows}
-    if len(units) == 1:
+    if len(units) == 1 and rows[0].tokens:
         corner = rows[0].unit
         heads = [f"{tokens} tokens" for tokens, _ in columns]
     else:
-        corner = f"{rows[0].tokens} tokens"
+        corner = f"{rows[0].tokens} tokens" if rows[0].tokens else ""
         heads = [unit for _, unit in columns]
     lines = [
         f"| {corner} | " + " | ".join(f"{head} | ratio" for head in heads) + " |",

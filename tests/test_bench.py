@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, serving_layer, whole_server
+from bench import report, serving_layer, weight_broadcast, whole_server
 from bench.common import AGENTCORE_RELEASE
 from testbed.pool import ServerPool
 from testbed.release import ROOT, UPSTREAM
@@ -27,6 +27,7 @@ pytestmark = [
 SHORT = {
     "serving_layer": ["--tokens", "8,16", "--rounds", "1"],
     "whole_server": ["--clients=2", "--rounds=1", "--output-tokens=8", "--modes=streamed"],
+    "weight_broadcast": ["--transport-only", "--rounds=1", "--mib=8", "--buckets=4"],
     "memory": ["--streams=2", "--tokens=16", "--requests=10", "--variants=ids"],
 }
 
@@ -66,6 +67,9 @@ def test_every_variant_is_measured(results: Path, server: str) -> None:
     assert {row["variant"] for row in rows} == {name for name, _, _ in whole_server.PAIR}
     assert all(value > 0 for row in rows for value in row["values"])
 
+    rows = json.loads((results / "weight_broadcast.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == [weight_broadcast.BARE, weight_broadcast.ANNOUNCED]
+
 
 @pytest.mark.parametrize("server", ["default"])
 def test_the_report_builds(results: Path, tmp_path: Path, server: str) -> None:
@@ -88,6 +92,7 @@ def test_the_report_builds(results: Path, tmp_path: Path, server: str) -> None:
         ("serving_layer", ["--tokens", "many"], ["--tokens", "'many'"]),
         ("whole_server", ["--stock", "http://localhost:1"], ["--stock", "--patched"]),
         ("whole_server", ["--clients", "x"], ["--clients", "'x'"]),
+        ("weight_broadcast", ["--buckets", "x"], ["--buckets", "'x'"]),
         ("http_process", ["--rates", "fast"], ["--rates", "'fast'"]),
         ("http_process", ["--variants", "stok"], ["--variants", "'stok'", "'stock'"]),
         ("http_process", ["--package", "x=/nonexistent"], ["--package", "NAME=FOLDER"]),

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -72,7 +72,13 @@ LEAVES_A_STEP_BEHIND = NUMBER >= (0, 5, 10)
 # Whether the CPU engine wants cores for the ranks of all replicas rather than of each.
 BINDS_ALL_RANKS = NUMBER >= (0, 5, 23)
 CRASH_DUMPS = ROOT / "build" / "crash-dumps" / UPSTREAM
+LOGS = ROOT / "build" / "logs" / UPSTREAM
 
+# What docs/troubleshooting.md has servers behind a router start with.
+ROUTED = (
+    "--return-token-ids-endpoints=chat,completions,messages,responses",
+    "--keep-turns=1000",
+)
 SMALLEST_LAYERS = {
     "num_hidden_layers": 1,
     "hidden_size": 32,
@@ -109,6 +115,9 @@ MODES: dict[str, Mode] = {
     "stock": Mode(stock=True, spawns=True),
     "default": Mode(spawns=True),
     "default_on": Mode(("--return-token-ids",)),
+    # Both are behind one router.
+    "routed": Mode(ROUTED),
+    "routed_replica": Mode(ROUTED),
     "default_agents": Mode(("--return-token-ids-endpoints=completions,messages,responses",)),
     "stream_output": Mode((INCREMENTAL,)),
     "stream_interval": Mode(("--stream-interval=4",)),
@@ -239,6 +248,22 @@ def end_of(log: Path) -> str:
     return log.read_text(errors="replace")[-3000:]
 
 
+@contextlib.contextmanager
+def running(name: str, url: str, command: Sequence[str]) -> Iterator[None]:
+    """Run a program that has /health, as a gateway or a router, and end it afterwards."""
+    log = LOGS / f"{name}.log"
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        wait_until_healthy(name, url, process, log)
+        yield
+    finally:
+        kill_group(process)
+
+
 class Server:
     """A server that starts. Use it as a context manager, or call `wait` and `stop`.
 
@@ -278,9 +303,8 @@ class Server:
         self.name = name
         self.port = reserve_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        logs = ROOT / "build" / "logs" / UPSTREAM
-        logs.mkdir(parents=True, exist_ok=True)
-        self.log = logs / f"{log}.log"
+        LOGS.mkdir(parents=True, exist_ok=True)
+        self.log = LOGS / f"{log}.log"
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *command, "--port", str(self.port)],

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -338,6 +340,25 @@ class Server:
             yield
         finally:
             self.slow_down(0)
+
+    @contextlib.contextmanager
+    def lagging(self) -> Iterator[None]:
+        """Stop the HTTP process now and then, so that it lags behind the engine."""
+        done = threading.Event()
+
+        def lag() -> None:
+            while not done.wait(0.1):
+                self.process.send_signal(signal.SIGSTOP)
+                time.sleep(0.2)
+                self.process.send_signal(signal.SIGCONT)
+
+        thread = threading.Thread(target=lag)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")

@@ -493,10 +493,11 @@ def test_client_hangs_up(server: Server) -> None:
 @pytest.mark.clause("C2", "C3", "C7")
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
 @pytest.mark.parametrize("server", ["stream_output"], indirect=True)
-def test_64_concurrent_incremental_streams(server: Server, path: str) -> None:
-    """Under load the HTTP side lags behind the engine, and must still miss no id."""
+def test_concurrent_incremental_streams(server: Server, path: str) -> None:
+    """The HTTP side lags behind the engine, and must still miss no id."""
     make = chat if path == CHAT else completion
-    start = threading.Barrier(64)
+    # No multiple of 16: after so many outputs stock has the streams send theirs.
+    start = threading.Barrier(60)
     fields = samples_ascii(60)
 
     def one(number: int) -> tuple[list[dict[str, Any]], dict[int, list[int]]]:
@@ -507,22 +508,16 @@ def test_64_concurrent_incremental_streams(server: Server, path: str) -> None:
 
     cuts_text = CUTS_INCREMENTAL_CHAT if path == CHAT else CUTS_INCREMENTAL_COMPLETIONS
     merged = 0
-    # How far the HTTP side lags behind is up to the machine.
-    for _ in range(5):
-        with ThreadPoolExecutor(64) as pool:
-            results = list(pool.map(one, range(64)))
-        for chunks, ids in results:
-            assert len(ids[0]) == 60
-            if not cuts_text:
-                shown = "".join(text_of(c) for chunk in chunks for c in chunk["choices"])
-                assert shown == load_tokenizer().decode(ids[0], skip_special_tokens=True)
-            choices = [choice for chunk in chunks for choice in chunk["choices"]]
-            merged += sum(len(choice.get("token_ids", [])) > 1 for choice in choices)
-        if merged:
-            return
-    if ON_GPU:
-        pytest.skip("the HTTP side kept up with the engine")
-    raise AssertionError("no chunk brought several ids: the load was too low to test anything")
+    with server.lagging(), ThreadPoolExecutor(60) as pool:
+        results = list(pool.map(one, range(60)))
+    for chunks, ids in results:
+        assert len(ids[0]) == 60
+        if not cuts_text:
+            shown = "".join(text_of(c) for chunk in chunks for c in chunk["choices"])
+            assert shown == load_tokenizer().decode(ids[0], skip_special_tokens=True)
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        merged += sum(len(choice.get("token_ids", [])) > 1 for choice in choices)
+    assert merged, "no chunk brought several ids: nothing was tested"
 
 
 @pytest.mark.clause("C9")

@@ -13,8 +13,8 @@ MAX_SERVERS = 4
 class ServerPool:
     """Starts servers when they are asked for, and stops the oldest beyond a limit.
 
-    Most of the time of a test is spent on waiting for servers to start. So the next one is
-    started while tests run against the one before.
+    Most of the time of a test is spent on waiting for servers to start. So the first two are
+    started at once, and the next one while tests run against the one before.
 
     Args:
         order: Names in the order in which they are going to be asked for.
@@ -25,6 +25,8 @@ class ServerPool:
         self.order = order
         self.servers: dict[str, Server] = {}
         self.ready: set[str] = set()
+        for name in order[:2]:
+            self.start(name)
 
     def get(self, name: str) -> Server:
         server = self.start(name)

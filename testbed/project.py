@@ -98,3 +98,18 @@ def git(folder: Path, *args: str) -> str:
     identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
     command = ["git", *identity, *args]
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def say_what_it_is(**environment: str) -> list[str]:
+    """Return the version of the SGLang that is imported, and what `sglang.patches` prints.
+
+    In one process, as to import it takes ten seconds.
+    """
+    code = (
+        "import runpy, sglang.version; print(sglang.version.__version__);"
+        "runpy.run_module('sglang.patches', run_name='__main__')"
+    )
+    command = [sys.executable, "-B", "-c", code]
+    env = {**os.environ, **environment}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()

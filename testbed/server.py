@@ -18,6 +18,7 @@ from types import TracebackType
 import requests
 
 from testbed.chat_shapes import SHAPES
+from testbed.forks import ForkedModule
 from testbed.release import NUMBER, ROOT, STOCK, UPSTREAM
 from testbed.tiny_model import tiny_model_path
 from tools.verify import kill_group, reserve_port
@@ -45,6 +46,8 @@ else:
     # The model is so small that more threads only wait for each other.
     BASE_ENV |= {"OMP_NUM_THREADS": "1"}
 
+# What a server reads when it starts, and not when SGLang is imported.
+READ_AT_START = {"SGLANG_RETURN_TOKEN_IDS", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS"}
 
 INCREMENTAL = "--stream-output" if NUMBER < (0, 5, 10) else "--incremental-streaming-output"
 # Stock takes the new text of an incremental completion for all of it, and cuts off as much
@@ -223,7 +226,9 @@ SHORT_MODES = (
 )
 
 
-def wait_until_healthy(name: str, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_healthy(
+    name: str, url: str, process: subprocess.Popen[bytes] | ForkedModule, log: Path
+) -> None:
     """Wait for a server of any kind.
 
     Raises:
@@ -286,7 +291,8 @@ class Server:
             env["TEST_FORK"] = "0"
         if mode.stock:
             env["PYTHONPATH"] = str(STOCK)
-        self._start(name, name, command, env)
+        forks = not ON_GPU and env.keys() <= READ_AT_START
+        self._start(name, name, command, env, forks=forks)
 
     def _start(
         self,
@@ -295,23 +301,31 @@ class Server:
         command: list[str],
         env: dict[str, str],
         pass_fds: tuple[int, ...] = (),
+        forks: bool = False,
     ) -> None:
         """Start a module with its flags, and with a port.
 
         Args:
             log: The name of its log.
             env: What it has beside the environment of all servers.
+            forks: Whether it begins with SGLang imported.
         """
         self.name = name
         self.port = reserve_port()
         self.url = f"http://127.0.0.1:{self.port}"
         LOGS.mkdir(parents=True, exist_ok=True)
         self.log = LOGS / f"{log}.log"
+        command = [*command, "--port", str(self.port)]
+        cwd = ROOT / "build"
+        self.process: subprocess.Popen[bytes] | ForkedModule
+        if forks:
+            self.process = ForkedModule(command, BASE_ENV, env, cwd, self.log)
+            return
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command, "--port", str(self.port)],
+                [sys.executable, "-m", *command],
                 env={**os.environ, **BASE_ENV, **env},
-                cwd=ROOT / "build",
+                cwd=cwd,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

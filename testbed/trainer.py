@@ -1,22 +1,19 @@
-"""A trainer in a process of its own: joins the servers and broadcasts the weights of a seed.
-
-    python -m testbed.trainer PORT WORLD_SIZE [TIMEOUT]
-
-Prints a line when it is about to wait for the servers. Reads lines "SEED FAULT" and sends for
-each. FAULT is a name in `FAULTS`.
-"""
+"""A trainer in a process of its own: joins servers and broadcasts the weights of a seed."""
 
 from __future__ import annotations
 
 import os
-import sys
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import torch
 from safetensors.torch import load_file
 
-from testbed.server import ON_GPU
+from testbed.forks import processes
+from testbed.server import BASE_ENV, ON_GPU
 from testbed.tiny_model import tiny_model_path
+from tools.verify import reserve_port
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 BAD_PARAMETER = "model.layers.1.mlp.gate_proj.weight"
@@ -57,7 +54,7 @@ def falls_silent(weights: Weights) -> Weights:
     for name, tensor in weights:
         if name == BAD_PARAMETER:
             # Until the process is killed.
-            sys.stdin.read()
+            time.sleep(600)
         yield name, tensor
 
 
@@ -72,22 +69,46 @@ FAULTS: dict[str, Callable[[Weights], Weights]] = {
 }
 
 
-def main() -> None:
-    # Only the series of one release has it, and the tests of all import this file.
+class Trainer:
+    """The process that broadcasts, ready to wait for the servers.
+
+    Args:
+        world_size: Of the servers, all their ranks.
+        timeout: Of what it does together with them, in seconds.
+
+    Attributes:
+        port: Where the servers meet it.
+    """
+
+    def __init__(self, world_size: int, timeout: float = 60.0):
+        self.port = reserve_port()
+        context = processes(BASE_ENV)
+        self.orders, orders = context.Pipe()
+        self.process = context.Process(
+            target=broadcast, args=(self.port, world_size, timeout, orders), daemon=True
+        )
+        self.process.start()
+        orders.close()
+        # From here on the timeout counts, and not while this imports.
+        assert self.orders.recv() == "ready"
+
+    def send(self, seed: int, fault: str = "none") -> None:
+        """Have it broadcast the weights of a seed, with one of `FAULTS`."""
+        self.orders.send((seed, fault))
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def broadcast(port: int, world_size: int, timeout: float, orders: Connection) -> None:
     from sglang.srt.weight_sync.broadcast import WeightBroadcaster
 
-    # From here on the timeout counts, and not while this imports.
-    print("ready", flush=True)
-    port, world_size = int(sys.argv[1]), int(sys.argv[2])
-    timeout = float(sys.argv[3]) if len(sys.argv) > 3 else 60.0
+    orders.send("ready")
     # The servers have the first card.
     device = "cpu" if not ON_GPU else f"cuda:{torch.cuda.device_count() - 1}"
     broadcaster = WeightBroadcaster("127.0.0.1", port, world_size, timeout, device)
-    while line := sys.stdin.readline():
-        seed, fault = line.split()
-        weights = load_file(tiny_model_path(int(seed)) / "model.safetensors")
+    while True:
+        seed, fault = orders.recv()
+        weights = load_file(tiny_model_path(seed) / "model.safetensors")
         broadcaster.send(FAULTS[fault](iter(weights.items())), max_bucket_bytes=BUCKET_BYTES)
-
-
-if __name__ == "__main__":
-    main()

@@ -28,7 +28,8 @@ COLLECTED = pytest.StashKey[list[pytest.Item]]()
 SERIES = pytest.StashKey[str]()
 
 
-@pytest.fixture(scope="session")
+# At the start, so that servers start while tests run that need none.
+@pytest.fixture(scope="session", autouse=True)
 def servers(request: pytest.FixtureRequest) -> Iterator[ServerPool]:
     """Servers by the name of their mode."""
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")

@@ -9,13 +9,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from testbed.project import git, make, tool
+from testbed.project import git, make, say_what_it_is, tool
 from testbed.release import LOCAL_VERSION, ROOT, STOCK_WHEEL, UPSTREAM, WHEEL
 from tools import build
 from tools.releases import load_release
@@ -157,14 +156,9 @@ def test_a_tree_gets_the_files_of_the_wheel(tmp_path: Path, layout: str) -> None
     assert {name for name in different if (tree / name).is_file()} == written
     assert not before.keys() - after.keys()
 
-    env = {**os.environ, "PYTHONPATH": str(package.parent)}
-    code = "import sglang.version; print(sglang.version.__version__)"
-    command = [sys.executable, "-B", "-c", code]
-    shown = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == LOCAL_VERSION
-    command = [sys.executable, "-B", "-m", "sglang.patches"]
-    shown = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert shown.stdout.startswith(f"sglang {LOCAL_VERSION}: {UPSTREAM} ")
+    version, patches, *_ = say_what_it_is(PYTHONPATH=str(package.parent))
+    assert version == LOCAL_VERSION
+    assert patches.startswith(f"sglang {LOCAL_VERSION}: {UPSTREAM} ")
 
     apply(tree, "--undo")
     assert snapshot(tree) == before

@@ -291,6 +291,7 @@ def test_what_cannot_be_exported(project: Path, tree: Path) -> None:
 
 
 @default_only
+@pytest.mark.full
 def test_a_module_changes_for_all_releases(project: Path, tree: Path) -> None:
     """The one that is refreshed and the others apply it from the same file."""
     before = contents(project)
@@ -501,6 +502,7 @@ def test_status_sees_a_module_with_two_sources(project: Path) -> None:
 
 
 @default_only
+@pytest.mark.full
 def test_a_port_stops_at_the_first_conflict(project: Path) -> None:
     """A release that is not pinned is, in its place among the others."""
     pins = project / "pins.toml"
@@ -540,6 +542,7 @@ def test_a_port_that_is_not_told_what_to_port(project: Path, args: str, words: l
 
 
 @default_only
+@pytest.mark.full
 def test_a_port_to_itself_has_no_conflict(project: Path) -> None:
     status, out, err = tool(project, "port", "--from", UPSTREAM, "--to", UPSTREAM)
     assert status == 0, err

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -31,10 +29,9 @@ from testbed.client import (
     post,
 )
 from testbed.pool import ServerPool
-from testbed.release import ROOT
 from testbed.server import ON_GPU, Server
 from testbed.tiny_model import make_adapter, tiny_model_path
-from testbed.trainer import BAD_PARAMETER
+from testbed.trainer import BAD_PARAMETER, Trainer
 from tools.verify import reserve_port
 
 trainer_mode = pytest.mark.parametrize("server", ["trainer"], indirect=True)
@@ -56,33 +53,6 @@ ROUTES = [
 ]
 # Where BAD_PARAMETER is.
 SHARD = "model-2.safetensors"
-
-
-class Trainer:
-    """The process that broadcasts."""
-
-    def __init__(self, world_size: int, timeout: float = 60.0):
-        self.port = reserve_port()
-        command = [sys.executable, "-m", "testbed.trainer", str(self.port)]
-        self.process = subprocess.Popen(
-            [*command, str(world_size), str(timeout)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        while (line := self.process.stdout.readline()) != "ready\n":
-            assert line, "the trainer ended"
-
-    def send(self, seed: int, fault: str = "none") -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{seed} {fault}\n")
-        self.process.stdin.flush()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 def join(
@@ -548,7 +518,7 @@ def test_they_obey_the_admin_key(server: Server) -> None:
 
 
 @trainer_mode
-@pytest.mark.parametrize("keeps_cache", [False, True])
+@pytest.mark.parametrize("keeps_cache", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("path", "mode"),
     [

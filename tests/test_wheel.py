@@ -7,14 +7,13 @@ import csv
 import hashlib
 import json
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import requests
 
-from testbed.project import build, expect_refusal, series_patches
+from testbed.project import build, expect_refusal, say_what_it_is, series_patches
 from testbed.release import LOCAL_VERSION, ROOT, STOCK_WHEEL, UPSTREAM, VERSION, WHEEL
 from testbed.server import Server
 
@@ -71,15 +70,12 @@ def sha256_of_series() -> str:
 
 
 def test_the_installed_wheel_says_what_it_is() -> None:
-    command = [sys.executable, "-m", "sglang.patches"]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert listing.splitlines()[0].endswith(f"patches, series {sha256_of_series()[:12]}")
+    version, patches, *listing = say_what_it_is()
+    assert version == LOCAL_VERSION
+    assert patches.endswith(f"patches, series {sha256_of_series()[:12]}")
     for patch in series_patches(ROOT):
-        assert f"  {patch.parent.name}/{patch.name}  " in listing
-        assert hashlib.sha256(patch.read_bytes()).hexdigest()[:16] in listing
-    version = "import sglang; print(sglang.__version__)"
-    result = subprocess.run([sys.executable, "-c", version], capture_output=True, text=True)
-    assert result.stdout.strip() == LOCAL_VERSION
+        [line] = [line for line in listing if f"  {patch.parent.name}/{patch.name}  " in line]
+        assert hashlib.sha256(patch.read_bytes()).hexdigest()[:16] in line
 
 
 @pytest.mark.parametrize("server", ["default"], indirect=True)

@@ -25,7 +25,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tools.common import ToolError, say
 
@@ -368,7 +368,15 @@ def run_checks(server: Server, options: Options) -> list[dict[str, str]]:
 _reserved: list[socket.socket] = []
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
+class GroupLeader(Protocol):
+    """What is needed of a process that leads a group."""
+
+    pid: int
+
+    def wait(self) -> int: ...
+
+
+def kill_group(process: GroupLeader) -> None:
     """End a process that leads a group of its own, and all others of the group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)

@@ -57,6 +57,8 @@ CUTS_INCREMENTAL_CHAT = (0, 5, 10) <= NUMBER < (0, 5, 12)
 # Stock looks up the name of the status that an aborted request does not have.
 FAILS_ABORTED_STREAMS = (0, 5, 10) <= NUMBER < (0, 5, 12)
 ABORTED_STREAMS_FAIL = f"stock {UPSTREAM} looks up the name of a status that an abort does not have"
+# Whether a stream of chat or completions says why stock's scheduler has ended it.
+SAYS_WHY_STREAMS_END = NUMBER >= (0, 5, 10)
 # Later releases want </think> to be one token where there are grammars.
 THINK_IS_A_TOKEN = NUMBER >= (0, 5, 12)
 # The CPU engine of later releases has no grammars beside a reasoning parser.
@@ -183,6 +185,15 @@ MODES: dict[str, Mode] = {
     ),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     "id_names": Mode((INCREMENTAL, "--return-input-ids", "--return-output-ids")),
+    "processors": Mode(
+        (
+            "--logit-processors",
+            "only=testbed.own_processors:Only",
+            "fails=testbed.own_processors:Fails",
+        ),
+        env=(("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")),),
+        overlap=True,
+    ),
     "qwen": Mode(qwen=True),
 }
 for _name, _shape in SHAPES.items():
@@ -222,6 +233,7 @@ SHORT_MODES = (
     "weights",
     "trainer",
     "id_names",
+    "processors",
     "turns_qwen3",
 )
 

@@ -74,6 +74,10 @@ TURNS = "tests/test_turns.py"
 ID_NAMES = "srt/entrypoints/openai/id_names.py"
 TEST_ID_NAMES = "tests/test_id_names.py"
 
+LOGITS = "srt/sampling/logit_processors.py"
+LOGITS_BATCH = "srt/sampling/logit_processor_batch.py"
+TEST_LOGITS = "tests/test_logit_processors.py"
+
 APPLY = "tools/apply.py"
 TEST_APPLY = "tests/test_apply.py"
 INSTALL = "tools/install.py"
@@ -806,6 +810,83 @@ MUTANTS: dict[str, Mutant] = {
         'if not local.startswith("tokenids."):',
         "if False:",
         [TEST_BUILD, "-k", "replaces_stock"],
+    ),
+    "mask-of-a-neighbour": Mutant(
+        "masks",
+        LOGITS_BATCH,
+        "rows[state.mask_rows]",
+        "rows[state.mask_rows.roll(1)]",
+        [TEST_LOGITS, "-k", "batches_change"],
+    ),
+    "mask-that-made-room": Mutant(
+        "masks",
+        LOGITS_BATCH,
+        "self.version += 1",
+        "pass",
+        [TEST_LOGITS, "-k", "batches_change"],
+    ),
+    "masks-kept-for-ever": Mutant(
+        "masks",
+        LOGITS_BATCH,
+        "if num_used > MAX_MASKS:",
+        "if False:",
+        [TEST_LOGITS, "-k", "kept_for_ever"],
+    ),
+    "merged-batch-shifted": Mutant(
+        "masks",
+        LOGITS_BATCH,
+        "sizes = (len(info) - len(other), len(other))",
+        "sizes = (len(info), len(other))",
+        [TEST_LOGITS, "-k", "batches_change"],
+    ),
+    "temperature-a-token-late": Mutant(
+        "masks",
+        LOGITS_BATCH,
+        "(positions - state.prompt_lens + 1)",
+        "(positions - state.prompt_lens)",
+        [TEST_LOGITS, "-k", "batches_change"],
+    ),
+    "temperature-of-the-request-changed": Mutant(
+        "masks",
+        LOGITS_BATCH,
+        "temperatures = info.temperatures * factor.unsqueeze(-1)",
+        "temperatures = info.temperatures.mul_(factor.unsqueeze(-1))",
+        [TEST_LOGITS, "-k", "batches_change"],
+    ),
+    "last-mask-of-a-chain": Mutant(
+        "masks",
+        LOGITS,
+        "ids if allowed is None else allowed & ids",
+        "ids",
+        [TEST_LOGITS, "-k", "only_what and generate-processors"],
+    ),
+    "no-token-left-unnoticed": Mutant(
+        "masks",
+        LOGITS_BATCH,
+        "if num_chunks <= 0 and not",
+        "if num_chunks < 0 and not",
+        [TEST_LOGITS, "-k", "fails_alone and processors"],
+    ),
+    "all-of-a-processor-fail": Mutant(
+        "masks",
+        LOGITS_BATCH,
+        "self._call(logits, name, [index], step)",
+        "raise",
+        [TEST_LOGITS, "-k", "fails_alone and processors"],
+    ),
+    "pickle-refused-late": Mutant(
+        "masks",
+        LOGITS,
+        "if is_pickled(prepared) and not",
+        "if False and not",
+        [TEST_LOGITS, "-k", "no_pickle and generate-processors"],
+    ),
+    "registered-by-packages-ignored": Mutant(
+        "masks",
+        LOGITS,
+        "for source in (*sources, *(",
+        "for source in (*(",
+        [TEST_LOGITS, "-k", "packages_register"],
     ),
 }
 

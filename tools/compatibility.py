@@ -55,6 +55,10 @@ CAPABILITIES: dict[str, tuple[str, tuple[str, ...]]] = {
         "as a whole or not at all",
         ("test_trainer_routes", "test_all_or_nothing"),
     ),
+    "logit processors": (
+        "`custom_logit_processor` by name: masks, temperatures by token, the server's own",
+        ("test_logit_processors",),
+    ),
     "provenance": (
         "`/get_server_info` and `python -m sglang.patches` say the release, the series and its "
         "hash",

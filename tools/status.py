@@ -15,11 +15,12 @@ from tools.common import ToolError
 from tools.releases import load_release, release_names
 from tools.series import Patch, read_series, releases_that_list
 
-# The most lines of upstream's files that a series should change: all of it, and what
-# returns token ids.
+# The most lines of upstream's files that a series should change: what serves rollouts, and
+# of it what returns token ids. Sampling controls reach into the engine, and are apart.
 GOAL = 120
 GOAL_TOKEN_IDS_OUT = 40
 TOKEN_IDS_OUT = re.compile(r"upstream/\d+-token-ids\b")
+SAMPLING = re.compile(r"\w[\w.]*/sampling-")
 
 
 def upstream_lines(patches: list[Patch]) -> int:
@@ -33,11 +34,14 @@ def status(name: str, patches: list[Patch], known: dict[str, list[str]]) -> dict
         known: The releases that list each patch.
     """
     token_ids_out = [p for p in patches if p.prepared and TOKEN_IDS_OUT.match(p.prepared)]
+    sampling = [patch for patch in patches if SAMPLING.match(patch.name)]
     return {
         "release": name,
         "upstream_lines": upstream_lines(patches),
         "upstream_files": len({file for patch in patches for file in patch.changed}),
         "token_ids_out_lines": upstream_lines(token_ids_out),
+        "serving_lines": upstream_lines([p for p in patches if p not in sampling]),
+        "sampling_lines": upstream_lines(sampling),
         "own_lines": sum(sum(patch.added.values()) for patch in patches),
         "own_files": [file for patch in patches for file in patch.added],
         "patches": [
@@ -62,9 +66,11 @@ def report(name: str, patches: list[Patch], known: dict[str, list[str]]) -> str:
     row = status(name, patches, known)
     own_files = {file for patch in patches for file in patch.added}
     lines = [
-        f"{name}: {row['upstream_lines']} lines in {row['upstream_files']} of upstream's files "
-        f"(goal: {GOAL}), {row['token_ids_out_lines']} of them for token ids out "
-        f"(goal: {GOAL_TOKEN_IDS_OUT}); {len(own_files)} files added, {row['own_lines']} lines",
+        f"{name}: {row['upstream_lines']} lines in {row['upstream_files']} of upstream's files: "
+        f"{row['serving_lines']} for what serves rollouts (goal: {GOAL}), "
+        f"{row['token_ids_out_lines']} of them for token ids out (goal: {GOAL_TOKEN_IDS_OUT}), "
+        f"and {row['sampling_lines']} for sampling controls; {len(own_files)} files "
+        f"added, {row['own_lines']} lines",
         f"{'changed':>9} {'added':>6} {'releases':>9}  upstream status",
     ]
     for patch in patches:

@@ -17,6 +17,7 @@ from types import TracebackType
 
 import requests
 
+from testbed.chained_model import Replies, chained_model_path, replies_that_call
 from testbed.chat_shapes import SHAPES
 from testbed.forks import ForkedModule
 from testbed.release import NUMBER, ROOT, STOCK, UPSTREAM
@@ -76,6 +77,8 @@ STOCK_TRACKS_VERSIONS = NUMBER >= (0, 5, 20)
 FLUSHES_WHILE_REQUESTS_WAIT = NUMBER < (0, 5, 10) or NUMBER >= (0, 5, 23)
 # Whether an overlap scheduler that is paused in place leaves the result of a step for later.
 LEAVES_A_STEP_BEHIND = NUMBER >= (0, 5, 10)
+# Earlier ones keep responses anyway.
+KEEP_RESPONSES = ("--enable-response-store",) if NUMBER >= (0, 5, 23) else ()
 # Whether the CPU engine wants cores for the ranks of all replicas rather than of each.
 BINDS_ALL_RANKS = NUMBER >= (0, 5, 23)
 CRASH_DUMPS = ROOT / "build" / "crash-dumps" / UPSTREAM
@@ -105,6 +108,7 @@ class Mode:
             a third of the CPU time.
         without_weights: Whether the folder of the model has none.
         shape: Which of `SHAPES` the model has.
+        replies: What the model says, instead of anything at random (`chained_model`).
     """
 
     flags: tuple[str, ...] = ()
@@ -115,6 +119,7 @@ class Mode:
     spawns: bool = False
     without_weights: bool = False
     shape: str = ""
+    replies: Replies = ()
 
 
 # Tests come in this order, so those that are compared with stock are next to it.
@@ -200,8 +205,22 @@ for _name, _shape in SHAPES.items():
     _flags = [f"--tool-call-parser={_shape.tool_call_parser}"]
     if _shape.reasoning_parser and REGEX_HOLDS_BESIDE_REASONING:
         _flags += [f"--reasoning-parser={_shape.reasoning_parser}"]
-    _flags += ["--keep-turns=2000", "--enable-cache-report"]
+    _flags += ["--keep-turns=2000", "--enable-cache-report", *KEEP_RESPONSES]
     MODES[f"turns_{_name}"] = Mode(tuple(_flags), shape=_name)
+for _name, _tool, _argument in (("bash", "bash", "command"), ("codex", "exec_command", "cmd")):
+    MODES[f"agent_{_name}"] = Mode(
+        (
+            "--reasoning-parser=qwen3",
+            "--keep-turns=100",
+            "--context-length=65536",
+            # The log has the ids that went into the engine and out of it.
+            "--log-requests",
+            "--log-requests-level=3",
+            *KEEP_RESPONSES,
+        ),
+        env=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),
+        replies=replies_that_call(_tool, _argument),
+    )
 # What the CPU engine does not have or has no kernels for.
 GPU_MODES: dict[str, Mode] = {}
 if ON_GPU:
@@ -292,8 +311,12 @@ class Server:
 
     def __init__(self, name: str):
         mode = MODES[name]
-        model = tiny_model_path(
-            qwen=mode.qwen, without_weights=mode.without_weights, shape=mode.shape
+        model = (
+            chained_model_path(mode.replies)
+            if mode.replies
+            else tiny_model_path(
+                qwen=mode.qwen, without_weights=mode.without_weights, shape=mode.shape
+            )
         )
         command = ["sglang.launch_server", "--model-path", str(model)]
         command += BASE_FLAGS if mode.overlap else [*BASE_FLAGS, "--disable-overlap-schedule"]

@@ -40,6 +40,7 @@ from testbed.agents import (
 )
 from testbed.client import CHAT, post
 from testbed.plans import plans
+from testbed.release import UPSTREAM
 from testbed.scripted import (
     PROMPT_IDS,
     Plan,
@@ -533,28 +534,80 @@ def test_turns_of_messages_extend_each_other(server: Server) -> None:
     check_turns(turns)
 
 
-@pytest.mark.skipif(
-    not STREAMS_RESPONSES or not KEEPS_RESPONSES,
-    reason="stock leaves the reply out, or keeps no responses unless asked",
+ITEMS = pytest.param(
+    "items",
+    marks=pytest.mark.skipif(
+        not STREAMS_RESPONSES, reason=f"stock {UPSTREAM} cannot read the items of a response"
+    ),
 )
-@pytest.mark.parametrize("way", ["items", "previous_response_id"])
+
+
+@pytest.mark.parametrize("way", [ITEMS, "previous_response_id"])
 @pytest.mark.parametrize("server", ["turns_qwen3"], indirect=True)
 def test_turns_of_responses_extend_each_other(server: Server, way: str) -> None:
     said: list[dict[str, Any]] = []
     turns: list[Read] = []
     for number, content in enumerate(SAID):
         said.append({"role": "user", "content": content})
-        fields: dict[str, Any] = {"input": said, "model": model_of(server)}
+        fields: dict[str, Any] = {"input": said, "model": model_of(server), "instructions": way}
         if way == "previous_response_id" and turns:
             fields |= {"input": said[-1:], "previous_response_id": turns[-1].answer["id"]}
         body = BODIES[RESPONSES](**ASKING, **fields) | {"temperature": 1.0}
-        if way == "items":
-            body["instructions"] = way
         ask = ask_stream if number % 2 else ask_whole
         turns.append(ask(server, RESPONSES, body))
-        for item in turns[-1].answer["output"]:
-            # As Codex does. Stock cannot read an item that is whole.
-            [part] = item["content"]
-            parts = [{"type": "output_text", "text": part["text"]}]
-            said.append({"type": "message", "role": "assistant", "content": parts})
+        said += turns[-1].answer["output"]
     check_turns(turns)
+
+
+@pytest.mark.skipif(
+    not STREAMS_RESPONSES, reason=f"/v1/responses of stock {UPSTREAM} takes no functions"
+)
+@pytest.mark.parametrize("way", ["items", "previous_response_id"])
+@pytest.mark.parametrize("server", ["agent_bash"], indirect=True)
+def test_calls_of_responses_extend_each_other(server: Server, way: str) -> None:
+    """With thoughts and a call, with a call alone, with text and a call."""
+    tool = {"type": "function", "name": "bash", "parameters": {"type": "object"}}
+    new: list[dict[str, Any]] = [{"role": "user", "content": f"Look at it, {way}."}]
+    said: list[dict[str, Any]] = []
+    turns: list[Read] = []
+    kinds = []
+    for number in range(4):
+        said += new
+        fields: dict[str, Any] = {"input": said, "tools": [tool], "model": model_of(server)}
+        if way == "previous_response_id" and turns:
+            fields |= {"input": new, "previous_response_id": turns[-1].answer["id"]}
+        body = BODIES[RESPONSES](**ASKING, **fields, instructions="Be brief.")
+        turns.append((ask_stream if number % 2 else ask_whole)(server, RESPONSES, body))
+        output = turns[-1].answer["output"]
+        said += output
+        kinds.append([item["type"] for item in output])
+        new = [
+            {"type": "function_call_output", "call_id": item["call_id"], "output": "naïve ☁"}
+            for item in output
+            if item["type"] == "function_call"
+        ]
+    assert "reasoning" in kinds[0] and kinds[1] == ["function_call"]
+    assert kinds[2][-2:] == ["message", "function_call"] and kinds[3][-1] == "message"
+    check_turns(turns)
+
+
+@pytest.mark.clause("C6")
+@pytest.mark.skipif(
+    not STREAMS_RESPONSES, reason=f"stock {UPSTREAM} answers no response for a multimodal model"
+)
+def test_turns_of_responses_of_a_multimodal_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompts go on as text, which would be tokenized again."""
+    with serve("--keep-turns=3") as serving:
+        agents = Agents(serving)
+        monkeypatch.setattr(serving.handlers.manager.model_config, "is_multimodal", True)
+        said: list[dict[str, Any]] = []
+        turns: list[Read] = []
+        for ids in ([101, 45, 200, 1], [46, 102, 1]):
+            said.append({"role": "user", "content": "Go on."})
+            finish = [{"type": "stop", "matched": 1}]
+            plan = Plan([[Step(ids, "ok")]], finish, [(0, 0)], (0, 0), num_prompt_ids=None)
+            turns.append(
+                read_whole(agents.ask(RESPONSES, BODIES[RESPONSES](**ASKING, input=[*said]), plan))
+            )
+            said.append({"role": "assistant", "content": "ok"})
+        check_turns(turns)

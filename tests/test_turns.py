@@ -507,6 +507,15 @@ def test_reasoning_tells_turns_apart_that_say_the_same(talk: Talk) -> None:
     assert prefix["kept_tokens"] == 0 and "its reasoning" in prefix["reason"]
 
 
+def test_a_reply_to_a_message_of_the_assistant(talk: Talk) -> None:
+    start, begun = ("user", "begin", ""), ("assistant", "Well,", "")
+    _, prompt, [ids] = talk.turn(start, begun, replies=("yes",))
+    reply = ("assistant", "yes", "")
+    prefix, longer, _ = talk.turn(start, begun, reply, ("user", "on", ""), replies=("ok",))
+    assert prefix == {"kept_tokens": len(prompt + ids), "reason": None}
+    assert longer[: len(prompt + ids)] == prompt + ids
+
+
 def test_the_turns_that_are_kept_are_bounded(talk: Talk) -> None:
     from sglang.srt.entrypoints.openai.kept_turns import _kept_turns
 
@@ -521,7 +530,7 @@ def test_the_turns_that_are_kept_are_bounded(talk: Talk) -> None:
         assert kept[-1] or "message 0 (user)" in prefix["reason"]
     # Each of these turns is kept as well.
     assert kept == [True, True, False, False, False]
-    [turns] = _kept_turns.values()
+    turns = _kept_turns[talk.serving.handlers.manager]
     assert len(turns._turns) == 3
     assert sum(map(len, turns._ending.values())) == 3
     assert turns._having.total() == sum(len(turn.digests) for turn in turns._turns.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -82,7 +83,8 @@ class Trainer:
 
     def __init__(self, world_size: int, timeout: float = 60.0):
         self.port = reserve_port()
-        context = processes(BASE_ENV)
+        # A process cannot use a GPU that the one it was forked from has looked for.
+        context = multiprocessing.get_context("spawn") if ON_GPU else processes(BASE_ENV)
         self.orders, orders = context.Pipe()
         self.process = context.Process(
             target=broadcast, args=(self.port, world_size, timeout, orders), daemon=True

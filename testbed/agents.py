@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -170,3 +171,11 @@ def ask_stream(server: Server, path: str, body: dict[str, Any], **headers: str) 
     assert response.status_code == 200, response.text
     # An event stream says no charset.
     return read_stream(path, events_of(response.content.decode()))
+
+
+def check_turns(turns: Iterable[Read]) -> None:
+    """See that the prompt of each turn goes on from all of the turn before."""
+    for number, (turn, following) in enumerate(itertools.pairwise(turns)):
+        ids = turn.prompt + turn.ids
+        assert following.answer["prefix"] == {"kept_tokens": len(ids), "reason": None}, number
+        assert following.prompt[: len(ids)] == ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
@@ -17,12 +18,22 @@ HOP_BY_HOP = ("host", "connection", "content-length", "transfer-encoding", "acce
 
 @dataclasses.dataclass
 class Exchange:
-    """A request and its answer."""
+    """A request and its answer.
+
+    Attributes:
+        path: Without a query.
+        text: The answer, whole or the events of a stream.
+    """
 
     path: str
-    body: dict[str, Any]
+    request: dict[str, Any]
     status: int
-    answer: str
+    text: str
+
+    @property
+    def answer(self) -> Any:
+        """The answer of a request that is not streamed."""
+        return json.loads(self.text)
 
 
 class RecordingProxy:
@@ -30,13 +41,14 @@ class RecordingProxy:
 
     Args:
         target: The URL of the server, without a trailing slash.
+        amend: Changes an answer, not streamed, before it is passed on and recorded.
 
     Attributes:
         url: Where it listens, without a trailing slash.
         exchanges: The requests with a body, in the order in which their answers ended.
     """
 
-    def __init__(self, target: str):
+    def __init__(self, target: str, amend: Callable[[dict[str, Any]], None] | None = None):
         self.exchanges: list[Exchange] = []
         exchanges = self.exchanges
 
@@ -57,13 +69,20 @@ class RecordingProxy:
                 self.send_header("Content-Type", answer.headers.get("Content-Type", ""))
                 self.end_headers()
                 parts = []
-                for part in answer.iter_content(None):
+                for part in self.parts_of(answer):
                     parts.append(part)
                     self.wfile.write(part)
                 if body:
                     text = b"".join(parts).decode()
                     path = self.path.partition("?")[0]
                     exchanges.append(Exchange(path, json.loads(body), answer.status_code, text))
+
+            def parts_of(self, answer: requests.Response) -> Iterable[bytes]:
+                if amend is None or not answer.ok:
+                    return answer.iter_content(None)
+                data = answer.json()
+                amend(data)
+                return [json.dumps(data).encode()]
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass

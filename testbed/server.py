@@ -213,9 +213,6 @@ for _name, _tool, _argument in (("bash", "bash", "command"), ("codex", "exec_com
             "--reasoning-parser=qwen3",
             "--keep-turns=100",
             "--context-length=65536",
-            # The log has the ids that went into the engine and out of it.
-            "--log-requests",
-            "--log-requests-level=3",
             *KEEP_RESPONSES,
         ),
         env=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),

@@ -32,6 +32,7 @@ from testbed.agents import (
     Read,
     ask_stream,
     ask_whole,
+    check_turns,
     events_of,
     messages,
     read_stream,
@@ -510,13 +511,6 @@ def test_generations_of_a_server_that_runs_tools(agents: Agents) -> None:
 
 
 SAID = ["What is the weather?", "And in 東京?", "Thanks."]
-
-
-def check_turns(turns: list[Read]) -> None:
-    for number, (turn, following) in enumerate(zip(turns, turns[1:])):
-        ids = turn.prompt + turn.ids
-        assert following.answer["prefix"] == {"kept_tokens": len(ids), "reason": None}, number
-        assert following.prompt[: len(ids)] == ids
 
 
 @pytest.mark.skipif(

@@ -13,11 +13,12 @@ import pytest
 
 from testbed.client import CHAT, GENERATE
 from testbed.pool import ServerPool
+from testbed.recorder import Exchange, RecordingProxy
 from testbed.release import UPSTREAM
 from testbed.server import STOCK_TRACKS_VERSIONS
 from testbed.tiny_model import CALL, tiny_model_path
 from testbed.vllm import vllm_server
-from tests.clients.environments import Exchange, Proxy, name_tokens_by_id, run_client
+from tests.clients.environments import name_tokens_by_id, run_client
 
 pytestmark = pytest.mark.full
 VLLM_FLAGS = ["--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser=hermes"]
@@ -55,7 +56,7 @@ def rollout(
 ) -> tuple[Any, list[Exchange]]:
     """What the client made of the answers, and what it asked and got."""
     script, environment, endpoint = client
-    with Proxy(url, amend) as proxy:
+    with RecordingProxy(url, amend) as proxy:
         result = run_client(environment, script, proxy.url, call_ids())
     exchanges = [exchange for exchange in proxy.exchanges if exchange.path == endpoint]
     assert len(exchanges) == len(proxy.exchanges) >= 3

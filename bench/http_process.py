@@ -40,6 +40,7 @@ from bench.report import groups, table
 from bench.soak import MODES, Wrong, soak
 from testbed.client import TOOL
 from testbed.scheduler import LOCKSTEP, MAX_CLIENT_PROCESSES, PROGRESS_BYTES, EnginelessServer
+from testbed.server import Server
 
 IDS = {"return_token_ids": True}
 LOGPROBS = {"logprobs": 1}
@@ -161,10 +162,9 @@ class Load(NamedTuple):
 
 
 def run_load(
-    server: EnginelessServer, progress: Path, path: str, body: dict[str, Any], load: Load
+    server: Server, progress: Path, path: str, body: dict[str, Any], load: Load
 ) -> dict[str, float]:
     """Return the figures of one run, by the keys of `UNITS`."""
-    server.slow_down(load.clients / load.rate if load.rate else LOCKSTEP)
     request = make_request(server.port, path, body)
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
@@ -247,7 +247,9 @@ def measure(
                         **fields,
                         **more,
                     }
-                    found = run_load(servers[server_name], progress, path, body, load)
+                    server = servers[server_name]
+                    server.slow_down(load.clients / load.rate if load.rate else LOCKSTEP)
+                    found = run_load(server, progress, path, body, load)
                     if round_ < num_warmups:
                         continue
                     for key, value in found.items():

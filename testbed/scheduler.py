@@ -409,11 +409,6 @@ class EnginelessServer(Server):
         with theirs:
             self._start(name, log, command, env, (theirs.fileno(),))
 
-    def cpu_seconds(self) -> float:
-        """CPU time that the HTTP process has taken so far, with all of its threads."""
-        # What /proc/PID/stat says in ticks of 10 ms: the clock of another process.
-        return time.clock_gettime((~self.process.pid << 3) | 2)
-
     def left(self, command: str = "collect") -> dict[str, int]:
         """How many requests the tokenizer manager knows, and how many recorders there are."""
         with self.control.dup() as control, control.makefile("rw") as stream:

@@ -371,6 +371,11 @@ class Server:
             self.stop()
             raise
 
+    def cpu_seconds(self) -> float:
+        """CPU time that the HTTP process has taken so far, with all of its threads."""
+        # What /proc/PID/stat says in ticks of 10 ms: the clock of another process.
+        return time.clock_gettime((~self.process.pid << 3) | 2)
+
     def slow_down(self, seconds: float = 0.05) -> None:
         """Have each step of the engine take so much longer, or no longer with 0.
 

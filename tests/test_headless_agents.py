@@ -45,7 +45,7 @@ model:
 """
 # Without what would make the first prompt longer.
 CODEX_CONFIG = """\
-model = "m"
+model = "MODEL"
 model_provider = "sglang"
 model_instructions_file = "instructions.md"
 web_search = "disabled"
@@ -144,7 +144,10 @@ def test_codex(server: Server, tmp_path: Path) -> None:
         pytest.skip(str(error))
     (tmp_path / "instructions.md").write_text("You are a coding agent.\n")
     with RecordingProxy(server.url) as proxy:
-        (tmp_path / "config.toml").write_text(CODEX_CONFIG.replace("URL", proxy.url))
+        # Later releases want the name of the model.
+        model = chained_model_path(MODES[server.name].replies)
+        config = CODEX_CONFIG.replace("URL", proxy.url).replace("MODEL", str(model))
+        (tmp_path / "config.toml").write_text(config)
         options = ["--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
         said = run([*codex, "exec", *options, "Look at it."], tmp_path, CODEX_HOME=str(tmp_path))
     check(server, proxy.exchanges, RESPONSES, num_turns=4)

@@ -145,6 +145,9 @@ def test_a_tree_gets_the_files_of_the_wheel(tmp_path: Path, layout: str) -> None
     before = snapshot(tree)
     out = apply(tree)
     assert LOCAL_VERSION in out and f"make unapply TREE={tree}" in out
+    if load_release(None).name == UPSTREAM:
+        shown = out.splitlines()[-2].partition(": ")[2]
+        assert f": {shown}\n" in (ROOT / "README.md").read_text(), shown
     wheel, package = read_wheel(ROOT / "dist" / WHEEL), package_of(tree)
     files = [*json.loads(wheel["sglang/PATCHES.json"])["files"], "sglang/PATCHES.json"]
     for file in files:

@@ -135,7 +135,12 @@ MODES: dict[str, Mode] = {
     "stream_interval": Mode(("--stream-interval=4",)),
     "stream_output_interval": Mode((INCREMENTAL, "--stream-interval=3")),
     "overlap": Mode(overlap=True),
-    "workers2": Mode(("--tokenizer-worker-num=2",)),
+    # Its own environment also keeps it from being forked, after which uvicorn's workers would
+    # have no standard input. Busy cores take them longer than stock waits.
+    "workers2": Mode(
+        ("--tokenizer-worker-num=2",),
+        env=(("SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", "120"),),
+    ),
     "retract": Mode(env=(("SGLANG_TEST_RETRACT", "1"), ("SGLANG_TEST_RETRACT_INTERVAL", "5"))),
     "reasoning": Mode(("--reasoning-parser=qwen3",), qwen=THINK_IS_A_TOKEN),
     "reasoning_interval": Mode(

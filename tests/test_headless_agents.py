@@ -116,7 +116,7 @@ def test_mini_swe_agent(server: Server, path: str, tmp_path: Path) -> None:
     mini = client_python("mini").with_name("mini")
     (tmp_path / "ids.yaml").write_text(MINI_CONFIG)
     provider = "openai" if path == CHAT else "anthropic"
-    with RecordingProxy(server.url) as proxy:
+    with server.slowed_down(), RecordingProxy(server.url) as proxy:
         command = [mini, "-m", f"{provider}/m", "-t", f"Say {path}", "-y", "--exit-immediately"]
         run(
             [*command, "-o", "said.json", "-c", "mini.yaml", "-c", "ids.yaml"],
@@ -143,7 +143,7 @@ def test_codex(server: Server, tmp_path: Path) -> None:
     except ToolError as error:
         pytest.skip(str(error))
     (tmp_path / "instructions.md").write_text("You are a coding agent.\n")
-    with RecordingProxy(server.url) as proxy:
+    with server.slowed_down(), RecordingProxy(server.url) as proxy:
         # Later releases want the name of the model.
         model = chained_model_path(MODES[server.name].replies)
         config = CODEX_CONFIG.replace("URL", proxy.url).replace("MODEL", str(model))

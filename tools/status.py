@@ -20,7 +20,6 @@ from tools.series import Patch, read_series, releases_that_list
 GOAL = 120
 GOAL_TOKEN_IDS_OUT = 40
 TOKEN_IDS_OUT = re.compile(r"upstream/\d+-token-ids\b")
-SAMPLING = re.compile(r"\w[\w.]*/sampling-")
 
 
 def upstream_lines(patches: list[Patch]) -> int:
@@ -34,14 +33,15 @@ def status(name: str, patches: list[Patch], known: dict[str, list[str]]) -> dict
         known: The releases that list each patch.
     """
     token_ids_out = [p for p in patches if p.prepared and TOKEN_IDS_OUT.match(p.prepared)]
-    sampling = [patch for patch in patches if SAMPLING.match(patch.name)]
+    total = upstream_lines(patches)
+    sampling = upstream_lines([patch for patch in patches if "/sampling-" in patch.name])
     return {
         "release": name,
-        "upstream_lines": upstream_lines(patches),
+        "upstream_lines": total,
         "upstream_files": len({file for patch in patches for file in patch.changed}),
         "token_ids_out_lines": upstream_lines(token_ids_out),
-        "serving_lines": upstream_lines([p for p in patches if p not in sampling]),
-        "sampling_lines": upstream_lines(sampling),
+        "serving_lines": total - sampling,
+        "sampling_lines": sampling,
         "own_lines": sum(sum(patch.added.values()) for patch in patches),
         "own_files": [file for patch in patches for file in patch.added],
         "patches": [

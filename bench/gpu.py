@@ -23,11 +23,11 @@ from typing import Any
 from bench.common import MESSAGES, Row, integers, stock_package, write_results
 from bench.http_process import UNITS, VARIANTS, Load, make_rows, run_load
 from bench.report import groups, table
+from testbed.client import CHAT
 from testbed.scheduler import MAX_CLIENT_PROCESSES, PROGRESS_BYTES
 from testbed.server import BASE_FLAGS, ON_GPU, Server
 from testbed.tiny_model import MODELS
 
-CHAT = "/v1/chat/completions"
 NUM_WORDS = 32_000
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (

@@ -28,8 +28,6 @@ FIELDS = (
 # Before, /v1/responses takes no functions, and its streams have nothing between the first
 # events and the last.
 STREAMS_RESPONSES = NUMBER >= (0, 5, 15)
-# Later ones keep responses only if the server is started so.
-KEEPS_RESPONSES = NUMBER < (0, 5, 23)
 LAST_EVENTS = ("response.completed", "response.incomplete", "response.failed")
 TEXTS = [{"role": "user", "content": "Say something, 日本語."}]
 MESSAGES_TOOL = {

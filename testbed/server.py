@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import requests
 
@@ -77,8 +76,9 @@ STOCK_TRACKS_VERSIONS = NUMBER >= (0, 5, 20)
 FLUSHES_WHILE_REQUESTS_WAIT = NUMBER < (0, 5, 10) or NUMBER >= (0, 5, 23)
 # Whether an overlap scheduler that is paused in place leaves the result of a step for later.
 LEAVES_A_STEP_BEHIND = NUMBER >= (0, 5, 10)
-# Earlier ones keep responses anyway.
-KEEP_RESPONSES = ("--enable-response-store",) if NUMBER >= (0, 5, 23) else ()
+# Whether responses are kept for previous_response_id unasked.
+KEEPS_RESPONSES = NUMBER < (0, 5, 23)
+KEEP_RESPONSES = () if KEEPS_RESPONSES else ("--enable-response-store",)
 # Whether the CPU engine wants cores for the ranks of all replicas rather than of each.
 BINDS_ALL_RANKS = NUMBER >= (0, 5, 23)
 CRASH_DUMPS = ROOT / "build" / "crash-dumps" / UPSTREAM
@@ -426,10 +426,5 @@ class Server:
         self.wait()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()

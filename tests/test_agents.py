@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from testbed.agents import (
     BODIES,
     FIELDS,
-    KEEPS_RESPONSES,
     LAST_EVENTS,
     MESSAGES,
     MESSAGES_TOOL,
@@ -55,6 +54,7 @@ from testbed.server import (
     ABORTED_STREAMS_FAIL,
     FAILS_ABORTED_STREAMS,
     INCREMENTAL,
+    KEEPS_RESPONSES,
     STOCK_TRACKS_VERSIONS,
     STREAMING_MODES,
     Server,

@@ -40,12 +40,12 @@ VOCAB_SIZE = 300
 SCHEDULE = {"initial_temp": 3.0, "final_temp": 0.3, "warmup_tokens": 20}
 
 
-def mask(*token_ids: int, name: str = "action_mask") -> dict[str, Any]:
-    return {"name": name, "params": {"token_ids": list(token_ids)}}
-
-
 def own(name: str, **params: Any) -> dict[str, Any]:
     return {"name": name, "params": params}
+
+
+def mask(*token_ids: int, name: str = "action_mask") -> dict[str, Any]:
+    return own(name, token_ids=list(token_ids))
 
 
 def schedule(**params: Any) -> dict[str, Any]:

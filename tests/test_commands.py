@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,13 @@ def test_an_index_that_cannot_be_reached(project: Path, retries: str) -> None:
     command = ["port", "FROM=v0.5.9", "TO=v9.9.9"]
     assert "reach" in error_of(make(project, *command, **UNREACHABLE, PIP_RETRIES=retries))
     assert (project / "pins.toml").read_bytes() == (ROOT / "pins.toml").read_bytes()
+
+
+def test_a_full_disk(project: Path) -> None:
+    shutil.copy(ROOT / "README.md", project)
+    (project / "docs").mkdir()
+    (project / "docs" / "compatibility.md").symlink_to("/dev/full")
+    assert "No space left on device; `make clean`" in error_of(make(project, "compatibility"))
 
 
 def test_verify_without_a_model(project: Path) -> None:

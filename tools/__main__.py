@@ -8,6 +8,7 @@ user has to put right is one line to standard error, `error: ...`, and a non-zer
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from typing import NoReturn
@@ -80,6 +81,11 @@ def main(argv: list[str]) -> int:
         return e.exit_status
     except PermissionError as e:
         print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {e.strerror}; `make clean` removes what can be built again", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import venv
@@ -57,7 +58,11 @@ def make_environment(
         return
     say(f"making {env.relative_to(ROOT)}")
     shutil.rmtree(env, ignore_errors=True)
-    venv.create(env, with_pip=True, symlinks=True)
+    try:
+        venv.create(env, with_pip=True, symlinks=True)
+    except subprocess.CalledProcessError as e:
+        lines = e.output.decode().strip().splitlines() or [f"exit status {e.returncode}"]
+        raise ToolError(f"no pip in {env.relative_to(ROOT)}: {lines[-1]}") from e
     for package in packages:
         say(f"installing {package}")
         run_pip(python_of(env), "install", "--no-compile", package)

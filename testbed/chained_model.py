@@ -93,6 +93,15 @@ def chained_model_path(replies: Replies) -> Path:
     return path
 
 
+def sampled_ids(replies: Replies) -> list[list[int]]:
+    """The ids that the model samples for each reply, the one that ends it included."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(chained_model_path(replies))
+    stop = QWEN3.stop_tokens[0]
+    return [tokenizer.convert_tokens_to_ids([*reply, stop]) for reply in replies]
+
+
 def _chain(path: Path, replies: Replies, stop: str) -> None:
     """Change the weights so that each token of a reply is followed by the next one."""
     from safetensors.torch import load_file, save_file

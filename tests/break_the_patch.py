@@ -70,6 +70,8 @@ TRAINER_UPDATES = "srt/weight_sync/trainer_updates.py"
 PREFIX = "srt/entrypoints/openai/prompt_prefix.py"
 KEPT_TURNS = "srt/entrypoints/openai/kept_turns.py"
 TURNS = "tests/test_turns.py"
+AGENT_IDS = "srt/entrypoints/agent_token_ids.py"
+AGENTS = "tests/test_agents.py"
 
 ID_NAMES = "srt/entrypoints/openai/id_names.py"
 TEST_ID_NAMES = "tests/test_id_names.py"
@@ -650,6 +652,34 @@ MUTANTS: dict[str, Mutant] = {
         "None for name in _HEADERS",
         [TURNS, "-k", "owners"],
     ),
+    "turns-of-every-salt": Mutant(
+        "turns",
+        KEPT_TURNS,
+        '    "cache_salt",\n',
+        "",
+        [TURNS, "-k", "owners"],
+    ),
+    "tokenized-without-ids": Mutant(
+        "turns",
+        KEPT_TURNS,
+        "copy_token_ids(request.messages, chat_request.messages)",
+        "pass",
+        [TURNS, "-k", "every_turn and qwen3"],
+    ),
+    "parts-not-joined": Mutant(
+        "turns",
+        KEPT_TURNS,
+        'if self.message["role"] == message["role"] == "assistant":',
+        "if False:",
+        [AGENTS, "-k", "calls_of_responses and items"],
+    ),
+    "reply-not-joined": Mutant(
+        "turns",
+        KEPT_TURNS,
+        "self._end.add(message).digest",
+        "_digest_message(self._end.digest, message)",
+        [TURNS, "-k", "message_of_the_assistant"],
+    ),
     "turns-without-bound": Mutant(
         "turns",
         KEPT_TURNS,
@@ -663,6 +693,43 @@ MUTANTS: dict[str, Mutant] = {
         "if not reasoning or reasoning == turn.reasoning:",
         "if True:",
         [TURNS, "-k", "tells_turns_apart"],
+    ),
+    "call-without-ids": Mutant(
+        "C4",
+        AGENT_IDS,
+        "if _TOOL_USE in data:",
+        "if False:",
+        [AGENTS, "-k", "start_of_a_call"],
+    ),
+    "ids-again-at-the-end": Mutant(
+        "C3",
+        AGENT_IDS,
+        "            return _insert_behind(_RESPONSE_KEY, self.all_fields(), data)",
+        '            fields = {"token_ids": self.all_fields()["token_ids"]}\n'
+        "            data = _insert_behind(_RESPONSE_KEY, self.all_fields(), data)\n"
+        "            return _insert(fields, data)",
+        [AGENTS, "-k", "any_output and responses and cumulative"],
+    ),
+    "header-ignored": Mutant(
+        "C9",
+        AGENT_IDS,
+        "asked = read_header(raw_request)",
+        "pass",
+        [AGENTS, "-k", "test_asking"],
+    ),
+    "header-over-body": Mutant(
+        "C9",
+        AGENT_IDS,
+        "    if asked is None:\n        asked = read_header(raw_request)",
+        "    asked = asked if read_header(raw_request) is None else read_header(raw_request)",
+        [AGENTS, "-k", "test_asking"],
+    ),
+    "text-tokenized-again": Mutant(
+        "C6",
+        AGENT_IDS,
+        "result.prompt = result.prompt_ids",
+        "pass",
+        [AGENTS, "-k", "multimodal"],
     ),
     "sglext-after-usage": Mutant(
         "names",

@@ -724,3 +724,32 @@ def test_turns_of_responses_of_a_multimodal_model(monkeypatch: pytest.MonkeyPatc
             )
             said.append({"role": "assistant", "content": "ok"})
         check_turns(turns)
+
+
+@pytest.mark.clause("C6")
+def test_a_turn_whose_arguments_the_parser_lost() -> None:
+    """A call that comes whole in the last output, of which stock's streams have the name alone."""
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": "b"}}\n</tool_call>'
+    said: list[dict[str, Any]] = [{"role": "user", "content": "Call."}]
+
+    def plan(text: str) -> Plan:
+        finish = [{"type": "stop", "matched": 1}]
+        steps = [Step([101, 45, 200, 1], text)]
+        return Plan([steps], finish, [(0, 0)], (0, 0), num_prompt_ids=None)
+
+    with serve("--keep-turns=3", "--tool-call-parser=qwen") as serving:
+        agents = Agents(serving)
+        fields = {"tools": [MESSAGES_TOOL], **ASKING}
+        body = messages(200, stream=True, messages=said, **fields)
+        turn = read_stream(MESSAGES, agents.ask(MESSAGES, body, plan(call)))
+        events = [event for _, event in turn.sent]
+        blocks = [event["content_block"] for event in events if "content_block" in event]
+        deltas = [event["delta"] for event in events if "delta" in event]
+        arguments = "".join(delta.get("partial_json", "") for delta in deltas)
+        for block in blocks:
+            block["input"] = json.loads(arguments or "{}")
+        said.append({"role": "assistant", "content": blocks})
+        results = [{"type": "tool_result", "tool_use_id": block["id"]} for block in blocks]
+        said.append({"role": "user", "content": results or "On."})
+        body = messages(200, messages=said, **fields)
+        check_turns([turn, read_whole(agents.ask(MESSAGES, body, plan("ok")))])

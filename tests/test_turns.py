@@ -406,8 +406,9 @@ def test_a_final_message_goes_on_from_its_ids(asked: Asked) -> None:
     messages = asked.with_message(
         4, content="The sun", prompt_token_ids=asked.ids[:-12], token_ids=asked.ids[-12:-8]
     )[:5]
-    answer = asked.ask(messages=messages, continue_final_message=True)
-    assert answer["prompt_token_ids"] == asked.ids[:-8]
+    fields = {"messages": messages, "continue_final_message": True}
+    assert asked.ask(**fields)["prompt_token_ids"] == asked.ids[:-8]
+    assert post(asked.server, "/tokenize", asked.fields | fields)["tokens"] == asked.ids[:-8]
 
 
 @ONE_SHAPE
@@ -512,6 +513,15 @@ def test_a_reply_to_a_message_of_the_assistant(talk: Talk) -> None:
     _, prompt, [ids] = talk.turn(start, begun, replies=("yes",))
     reply = ("assistant", "yes", "")
     prefix, longer, _ = talk.turn(start, begun, reply, ("user", "on", ""), replies=("ok",))
+    assert prefix == {"kept_tokens": len(prompt + ids), "reason": None}
+    assert longer[: len(prompt + ids)] == prompt + ids
+
+
+def test_a_reply_that_is_handed_back_in_parts(talk: Talk) -> None:
+    start = ("user", "say two things", "")
+    _, prompt, [ids] = talk.turn(start, replies=("one\n\ntwo",))
+    parts = [("assistant", text, "") for text in ("one", "two")]
+    prefix, longer, _ = talk.turn(start, *parts, ("user", "on", ""), replies=("ok",))
     assert prefix == {"kept_tokens": len(prompt + ids), "reason": None}
     assert longer[: len(prompt + ids)] == prompt + ids
 

@@ -939,7 +939,7 @@ MUTANTS: dict[str, Mutant] = {
         LOGITS,
         "ids if allowed is None else allowed & ids",
         "ids",
-        [TEST_LOGITS, "-k", "only_what and generate-processors"],
+        [TEST_LOGITS, "-k", "choices_and_prompts and processors"],
     ),
     "no-token-left-unnoticed": Mutant(
         "masks",

@@ -150,7 +150,8 @@ def test_allowed_token_ids(server: Server) -> None:
 @schedulers
 def test_choices_and_prompts(server: Server) -> None:
     """`n` with a chain, and a list of prompts with an entry for each."""
-    chain = [mask(80, 81, 82), mask(81, name="disallowed_tokens")]
+    masks = [mask(80, 81, 82, 83), mask(80, 81, 82, 84)]
+    chain = [*masks, mask(81, name="disallowed_tokens")]
     for endpoint in ENDPOINTS:
         choices = ids_of(server, endpoint, chain, sampling_params={"n": 3})
         assert len(choices) == 3 and set(itertools.chain(*choices)) <= {80, 82}

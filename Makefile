@@ -41,6 +41,8 @@ UPSTREAM ?= v0.5.15.post1
 # With its v or without.
 override UPSTREAM := v$(patsubst v%,%,$(UPSTREAM))
 PYTHON ?= $(or $(shell command -v python),python3)
+# Processes of `make test`. They wait for servers more than they compute.
+WORKERS ?= 2
 RELEASE = --release $(UPSTREAM)
 RELEASES = $(notdir $(wildcard patches/v*))
 ENV = build/env-$(UPSTREAM)
@@ -64,7 +66,7 @@ $(ENV)/bin/python:
 	$(MAKE) environment
 
 test: environment
-	$(ENV)/bin/python -m pytest -m "not full" $(ARGS) tests
+	$(ENV)/bin/python -m pytest -m "not full" -n $(WORKERS) --dist loadgroup $(ARGS) tests
 
 test-full: environment
 	status=0; $(ENV)/bin/python -m pytest --store-results $(ARGS) tests || status=$$?; \

@@ -6,6 +6,7 @@ import datetime
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from tools.compatibility import (
 # What `make test` runs.
 SHORT = "not full"
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
+LEFT = pytest.StashKey[list[str]]()
 SERIES = pytest.StashKey[str]()
 
 
@@ -36,11 +38,15 @@ def servers(request: pytest.FixtureRequest) -> Iterator[ServerPool]:
     capture = request.config.pluginmanager.get_plugin("capturemanager")
 
     def report(line: str) -> None:
-        with capture.global_and_fixture_disabled():
-            terminal.ensure_newline()
-            terminal.write_line(line)
+        # One of several processes has no terminal.
+        if terminal is not None:
+            with capture.global_and_fixture_disabled():
+                terminal.ensure_newline()
+                terminal.write_line(line)
 
-    modes = [mode_of(item) for item in request.session.items if not is_skipped(item)]
+    # One of several processes is given its tests a few at a time.
+    items = [] if terminal is None else request.session.items
+    modes = [mode_of(item) for item in items if not is_skipped(item)]
     pool = ServerPool(report, [mode for mode in dict.fromkeys(modes) if mode])
     yield pool
     pool.stop()
@@ -103,8 +109,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Bring the tests of one server together, and leave most servers to the full run."""
     config.stash[COLLECTED] = list(items)
     for item in items:
-        if mode_of(item) not in (None, *SHORT_MODES):
+        mode = mode_of(item)
+        if mode not in (None, *SHORT_MODES):
             item.add_marker("full")
+        if config.pluginmanager.has_plugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(mode or item.path.stem))
     order = list(MODES)
 
     def position(item: pytest.Item) -> int:
@@ -112,6 +121,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return order.index(mode) if mode else -1
 
     items.sort(key=position)
+    config.stash[LEFT] = describe_left(items)
+
+
+def describe_left(items: list[pytest.Item]) -> list[str]:
+    """What `make test` leaves out, in lines of which the first is a title, or in none."""
+    left = [item for item in items if item.get_closest_marker("full")]
+    modes = dict.fromkeys(map(mode_of, left))
+    whole = [mode for mode in modes if mode not in (None, *SHORT_MODES)]
+    others = dict.fromkeys(item.path.stem for item in left if mode_of(item) not in whole)
+    if not left:
+        return []
+    return [
+        f"left to make test-full: {len(left)} tests",
+        f"all with the servers {', '.join(map(str, whole))}",
+        f"some in {', '.join(others)}",
+    ]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left"] = session.config.stash[LEFT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what a process knows that has collected the tests."""
+    node.config.stash[LEFT] = getattr(node, "workeroutput", {}).get("left", [])
 
 
 def pytest_terminal_summary(
@@ -125,14 +161,11 @@ def pytest_terminal_summary(
         outcome = outcomes[name]
         line = f"{name:4} {outcome.passed:4} tests passed"
         terminalreporter.write_line(line + (f", {outcome.failed} FAILED" if outcome.failed else ""))
-    if config.option.markexpr == SHORT:
-        left = [item for item in config.stash[COLLECTED] if item.get_closest_marker("full")]
-        modes = dict.fromkeys(map(mode_of, left))
-        whole = [mode for mode in modes if mode not in (None, *SHORT_MODES)]
-        others = dict.fromkeys(item.path.stem for item in left if mode_of(item) not in whole)
-        terminalreporter.section(f"left to make test-full: {len(left)} tests")
-        terminalreporter.write_line(f"all with the servers {', '.join(map(str, whole))}")
-        terminalreporter.write_line(f"some in {', '.join(others)}")
+    if config.option.markexpr == SHORT and config.stash.get(LEFT, []):
+        title, *lines = config.stash[LEFT]
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
     if config.option.store_results:
         ran = {item.path for item in config.stash[COLLECTED]}
         is_whole = ran.issuperset((ROOT / "tests").glob("test_*.py"))

@@ -29,7 +29,7 @@ from testbed.client import CHAT
 from testbed.recorder import Exchange, RecordingProxy
 from testbed.release import UPSTREAM
 from testbed.server import MODES, Server
-from tests.clients.environments import client_python, codex_command
+from tests.clients.environments import client_python, codex_command, run_client
 from tools.common import ToolError
 
 pytestmark = pytest.mark.full
@@ -129,6 +129,32 @@ def test_mini_swe_agent(server: Server, path: str, tmp_path: Path) -> None:
             MSWEA_COST_TRACKING="ignore_errors",
         )
     check(server, proxy.exchanges, path, num_turns=3)
+
+
+@pytest.mark.clause("C1", "C2", "C5")
+@pytest.mark.parametrize("server", ["agent_bash"], indirect=True)
+def test_strands(server: Server) -> None:
+    """It sends ids to /generate itself, and what it trains on is what was sampled there."""
+    replies = MODES[server.name].replies
+    with RecordingProxy(server.url) as proxy:
+        model = chained_model_path(replies)
+        rollout = run_client("strands", "strands_turns.py", proxy.url, model, "3")
+    # The results of earlier turns are not rendered again, so the third turn is the second.
+    first, second = sampled_ids(replies)[:2]
+    assert len(rollout["commands"]) == len(proxy.exchanges) == 3
+    ids: list[int] = []
+    is_sampled: list[int] = []
+    logprobs: list[float | None] = []
+    for exchange, sampled in zip(proxy.exchanges, [first, second, second], strict=True):
+        prompt, answer = exchange.request["input_ids"], exchange.answer
+        assert prompt[: len(ids)] == ids and answer["output_ids"] == sampled
+        ids = prompt + sampled
+        is_sampled += [0] * (len(prompt) - len(is_sampled)) + [1] * len(sampled)
+        logprobs += [None] * (len(prompt) - len(logprobs))
+        logprobs += [logprob for logprob, _, _ in answer["meta_info"]["output_token_logprobs"]]
+    assert rollout["token_ids"] == ids and rollout["loss_mask"] == is_sampled
+    sampled_logprobs = [logprob for logprob, mask in zip(rollout["logprobs"], is_sampled) if mask]
+    assert sampled_logprobs == [logprob for logprob, mask in zip(logprobs, is_sampled) if mask]
 
 
 @pytest.mark.clause("C1", "C2", "C6")

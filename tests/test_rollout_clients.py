@@ -57,7 +57,7 @@ def rollout(
     """What the client made of the answers, and what it asked and got."""
     script, environment, endpoint = client
     with RecordingProxy(url, amend) as proxy:
-        result = run_client(environment, script, proxy.url, call_ids())
+        result = run_client(environment, script, proxy.url, tiny_model_path(qwen=True), call_ids())
     exchanges = [exchange for exchange in proxy.exchanges if exchange.path == endpoint]
     assert len(exchanges) == len(proxy.exchanges) >= 3
     return result, exchanges

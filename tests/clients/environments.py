@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from testbed.tiny_model import tiny_model_path
 from tools.common import BUILD, ToolError, say
 from tools.environment import PIP, make_environment, python_of
 
@@ -51,10 +50,14 @@ def codex_command() -> list[Path]:
     ]
 
 
-def run_client(environment: str, script: str, url: str, call: str) -> Any:
-    """Run a script of this folder against a server and return what it prints."""
+def run_client(environment: str, script: str, url: str, model: Path, argument: str) -> Any:
+    """Run a script of this folder against a server and return what it prints.
+
+    Args:
+        model: The folder of the model that the server has.
+    """
     result = subprocess.run(
-        [client_python(environment), CLIENTS / script, url, tiny_model_path(qwen=True), call],
+        [client_python(environment), CLIENTS / script, url, model, argument],
         env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "PRIME_API_KEY": "none"},
         capture_output=True,
         text=True,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 from testbed.server import Server
 
@@ -13,19 +14,26 @@ MAX_SERVERS = 4
 class ServerPool:
     """Starts servers when they are asked for, and stops the oldest beyond a limit.
 
-    Most of the time of a test is spent on waiting for servers to start. So the first two are
+    Most of the time of a test is spent on waiting for servers to start. So the first ones are
     started at once, and the next one while tests run against the one before.
 
     Args:
-        order: Names in the order in which they are going to be asked for.
+        orders: Names in the order in which they are going to be asked for, if the first of
+            the same list is.
+        first: Names of those that certainly are, before all others.
     """
 
-    def __init__(self, report: Callable[[str], None], order: list[str]):
+    def __init__(
+        self,
+        report: Callable[[str], None],
+        orders: Sequence[Sequence[str]],
+        first: Sequence[str] = (),
+    ):
         self.report = report
-        self.order = order
+        self.next_of = dict(pair for order in orders for pair in itertools.pairwise(order))
         self.servers: dict[str, Server] = {}
         self.ready: set[str] = set()
-        for name in order[:2]:
+        for name in first:
             self.start(name)
 
     def get(self, name: str) -> Server:
@@ -34,8 +42,8 @@ class ServerPool:
             self.report(f"waiting for the {name} server to be healthy")
             server.wait()
             self.ready.add(name)
-            if name in self.order[:-1]:
-                self.start(self.order[self.order.index(name) + 1])
+            if name in self.next_of:
+                self.start(self.next_of[name])
         return server
 
     def start(self, name: str) -> Server:

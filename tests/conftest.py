@@ -25,6 +25,9 @@ from tools.compatibility import (
 
 # What `make test` runs.
 SHORT = "not full"
+# Modes by the one that some tests ask for beside them: these stay in one process, or there would
+# be two servers of a mode, with one log.
+TOGETHER = {"stock": "default", "default_on": "default", "weights": "trainer"}
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
 LEFT = pytest.StashKey[list[str]]()
 SERIES = pytest.StashKey[str]()
@@ -36,18 +39,25 @@ def servers(request: pytest.FixtureRequest) -> Iterator[ServerPool]:
     """Servers by the name of their mode."""
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
     capture = request.config.pluginmanager.get_plugin("capturemanager")
+    is_one_of_several = hasattr(request.config, "workerinput")
 
     def report(line: str) -> None:
-        # One of several processes has no terminal.
-        if terminal is not None:
+        # One of several processes has none that anybody sees.
+        if not is_one_of_several:
             with capture.global_and_fixture_disabled():
                 terminal.ensure_newline()
                 terminal.write_line(line)
 
-    # One of several processes is given its tests a few at a time.
-    items = [] if terminal is None else request.session.items
-    modes = [mode_of(item) for item in items if not is_skipped(item)]
-    pool = ServerPool(report, [mode for mode in dict.fromkeys(modes) if mode])
+    asked_for = (mode_of(item) for item in request.session.items if not is_skipped(item))
+    modes = [mode for mode in dict.fromkeys(asked_for) if mode]
+    if not is_one_of_several:
+        pool = ServerPool(report, [modes], modes[:2])
+    else:
+        # One of several processes is given a group of tests at a time.
+        grouped = all("@" in item.nodeid for item in request.session.items)
+        assert grouped or not request.config.option.loadgroup, "pytest-xdist groups no tests"
+        groups = dict.fromkeys(map(group_of, modes))
+        pool = ServerPool(report, [[m for m in modes if group_of(m) == g] for g in groups])
     yield pool
     pool.stop()
 
@@ -68,6 +78,11 @@ def mode_of(item: pytest.Item) -> str | None:
     callspec = getattr(item, "callspec", None)
     mode = callspec.params.get("server") if callspec else None
     return mode if mode in MODES else None
+
+
+def group_of(mode: str) -> str:
+    """What the tests of a mode have in common with those that ask for the same servers."""
+    return TOGETHER.get(mode, mode)
 
 
 def proved_by(item: pytest.Item) -> tuple[list[str], str | None]:
@@ -113,7 +128,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if mode not in (None, *SHORT_MODES):
             item.add_marker("full")
         if config.pluginmanager.has_plugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group(mode or item.path.stem))
+            group = group_of(mode) if mode else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
     order = list(MODES)
 
     def position(item: pytest.Item) -> int:

@@ -53,7 +53,7 @@ def test_a_benchmark_takes_its_arguments(name: str) -> None:
     [
         ("timeit", ("-n1", "pass"), 60.0, "passed"),
         ("no_such_module", (), 60.0, "failed (1)"),
-        ("timeit", ("-s", "import time", "time.sleep(60)"), 1.0, "stopped"),
+        ("timeit", ("-s", "import time", "time.sleep(60)"), 5.0, "stopped"),
     ],
 )
 def test_how_a_step_ends_is_said(

@@ -137,6 +137,7 @@ bench: environment
 	$(ENV)/bin/python -m bench.http_process --json bench/results/http_process.json
 	$(ENV)/bin/python -m bench.whole_server --json bench/results/whole_server.json
 	$(ENV)/bin/python -m bench.memory --json bench/results/memory.json
+	$(ENV)/bin/python -m bench.logit_processors --json bench/results/logit_processors.json
 	$(ENV)/bin/python -m bench.report
 
 bench-vllm: $(ENV)/bin/python

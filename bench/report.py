@@ -29,6 +29,7 @@ TITLES = {
     "memory": "Memory of the HTTP process",
     "gpu": "On a GPU",
     "weight_broadcast": "Weights by broadcast",
+    "logit_processors": "Masks of the vocabulary",
 }
 NOTES = {
     "serving_layer": (
@@ -70,6 +71,10 @@ NOTES = {
         "announces them in buckets. Then updates of a server while clients stream: the longest "
         "time in which none of them got a token (`silent`), and how long the request for the "
         "update took. `no update` is the longest time without a token in a second before."
+    ),
+    "logit_processors": (
+        "The softmax of a batch in which each request has an `action_mask`, and the masks before "
+        "it, by how many different ones there are."
     ),
 }
 

@@ -76,6 +76,12 @@ STEPS = {
         ("--buckets=128,256,512,1024", f"--json={RESULTS}/weight_broadcast-{UPSTREAM}.json"),
         300,
     ),
+    "processors": Step(
+        "a step of sampling with 1 to 128 different masks",
+        "bench.logit_processors",
+        ("--device=cuda", f"--json={RESULTS}/logit_processors-gpu-{UPSTREAM}.json"),
+        120,
+    ),
     "server": Step(
         "stock and patched on the same card, 1, 64 and 256 clients, each card in its turn",
         "bench.gpu",

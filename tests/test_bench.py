@@ -28,6 +28,7 @@ SHORT = {
     "serving_layer": ["--tokens", "8,16", "--rounds", "1"],
     "whole_server": ["--clients=2", "--rounds=1", "--output-tokens=8", "--modes=streamed"],
     "weight_broadcast": ["--transport-only", "--rounds=1", "--mib=8", "--buckets=4"],
+    "logit_processors": ["--requests=4", "--vocabulary=2048", "--masks=1,4", "--rounds=1"],
     "memory": ["--streams=2", "--tokens=16", "--requests=10", "--variants=ids"],
 }
 
@@ -70,6 +71,9 @@ def test_every_variant_is_measured(results: Path, server: str) -> None:
     rows = json.loads((results / "weight_broadcast.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == [weight_broadcast.BARE, weight_broadcast.ANNOUNCED]
 
+    rows = json.loads((results / "logit_processors.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["no mask", "1 mask", "4 masks"]
+
 
 @pytest.mark.parametrize("server", ["default"])
 def test_the_report_builds(results: Path, tmp_path: Path, server: str) -> None:
@@ -93,6 +97,7 @@ def test_the_report_builds(results: Path, tmp_path: Path, server: str) -> None:
         ("whole_server", ["--stock", "http://localhost:1"], ["--stock", "--patched"]),
         ("whole_server", ["--clients", "x"], ["--clients", "'x'"]),
         ("weight_broadcast", ["--buckets", "x"], ["--buckets", "'x'"]),
+        ("logit_processors", ["--masks=1,200"], ["--masks", "1 to 128"]),
         ("http_process", ["--rates", "fast"], ["--rates", "'fast'"]),
         ("http_process", ["--variants", "stok"], ["--variants", "'stok'", "'stock'"]),
         ("http_process", ["--package", "x=/nonexistent"], ["--package", "NAME=FOLDER"]),

@@ -101,7 +101,9 @@ def main() -> int:
     logits = torch.randn(args.requests, args.vocabulary, device=args.device)
     steps = {NO_MASK: Step(None, logits)}
     for number in args.masks:
-        steps["1 mask" if number == 1 else f"{number} masks"] = Step(batch_of(args.requests, number), logits)
+        steps["1 mask" if number == 1 else f"{number} masks"] = Step(
+            batch_of(args.requests, number), logits
+        )
     for step in steps.values():
         step.run()
     values: dict[str, list[float]] = {name: [] for name in steps}

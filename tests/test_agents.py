@@ -42,7 +42,7 @@ from testbed.agents import (
 from testbed.chained_model import sampled_ids
 from testbed.client import CHAT, post
 from testbed.plans import plans
-from testbed.release import UPSTREAM
+from testbed.release import NUMBER, UPSTREAM
 from testbed.scripted import (
     PROMPT_IDS,
     Plan,
@@ -591,6 +591,10 @@ class ToolContext:
 
 
 @pytest.mark.clause("C1", "C2", "C5", "C6")
+@pytest.mark.skipif(
+    (0, 5, 10) <= NUMBER < (0, 5, 12),
+    reason=f"stock {UPSTREAM} asks for a token too many after a tool, and refuses that itself",
+)
 def test_generations_of_a_server_that_runs_tools(agents: Agents) -> None:
     from sglang.srt.entrypoints.agent_token_ids import _Asked, _ResponsesAnswer
     from sglang.srt.managers.io_struct import GenerateReqInput

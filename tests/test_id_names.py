@@ -28,7 +28,13 @@ from testbed.client import (
     stream,
     text_of,
 )
-from testbed.server import ABORTED_STREAMS_FAIL, FAILS_ABORTED_STREAMS, KNOWS_TOKEN_BYTES, Server
+from testbed.server import (
+    ABORTED_STREAMS_FAIL,
+    CUTS_INCREMENTAL_CHAT,
+    FAILS_ABORTED_STREAMS,
+    KNOWS_TOKEN_BYTES,
+    Server,
+)
 
 INPUT, OUTPUT = "return_input_ids_in_sglext", "return_output_ids_in_sglext"
 INPUT_HEADER, OUTPUT_HEADER = "x-sglext-return-input-ids", "x-sglext-return-output-ids"
@@ -280,6 +286,9 @@ def test_all_names_at_once_change_nothing_else(server: Server, streamed: bool) -
     alone, together = ask(chat(case)), ask(chat({**case, **names}))
     [sglext] = together.pop("sglext")
     alone.pop("sglext", None)
+    if streamed and CUTS_INCREMENTAL_CHAT and server.name == "id_names":
+        # What is left of it depends on which steps are merged.
+        del together["text"], alone["text"]
     assert together == alone
     assert sglext["output_ids"] == alone["token_ids"]
     assert sglext["input_ids"] == alone["prompt_token_ids"][0]

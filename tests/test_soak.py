@@ -13,6 +13,7 @@ import requests
 from bench.common import MESSAGES
 from bench.soak import KINDS, MODES, soak
 from testbed.scheduler import EnginelessServer
+from testbed.server import FAILS_ABORTED_STREAMS
 
 pytestmark = pytest.mark.full
 # Stock keeps what belongs to a stream for 2 s after its end.
@@ -25,7 +26,7 @@ def test_every_id_is_received_once_and_nothing_is_left(mode: str) -> None:
     num_ids, reasons = soak(mode, num_ids=8_000, clients=20, processes=1, tokens=64)
     assert num_ids.total() >= 8_000
     assert num_ids.keys() == KINDS.keys()
-    assert reasons["abort: abort"] > 0
+    assert reasons["abort: abort"] > 0 or FAILS_ABORTED_STREAMS
     assert reasons["hang up: None"] > 0
 
 

@@ -30,7 +30,7 @@ from testbed.client import (
     post,
 )
 from testbed.pool import ServerPool
-from testbed.server import ON_GPU, Server
+from testbed.server import FAILS_ABORTED_STREAMS, ON_GPU, Server
 from testbed.tiny_model import make_adapter, tiny_model_path
 from testbed.trainer import BAD_PARAMETER, Trainer
 from tools.verify import reserve_port
@@ -230,7 +230,8 @@ def test_clients_lose_no_id_by_updates(server: Server, by_seed: dict[int, list[i
         sum((result[i] for result in results), Counter()) for i in range(3)
     )
     assert by_kind.total() >= num_ids and by_kind.keys() == KINDS.keys()
-    assert reasons["abort: abort"] > 0 and reasons["hang up: None"] > 0
+    assert reasons["abort: abort"] > 0 or FAILS_ABORTED_STREAMS
+    assert reasons["hang up: None"] > 0
     assert by_version.keys() == {"default", *map(str, range(1, NUM_UPDATES + 1))}
     assert fresh(server, PROMPT, SHORT) == by_seed[NUM_UPDATES % 2]
 

@@ -92,7 +92,7 @@ def test_ids_are_those_of_completions(server: Server, fields: dict[str, Any]) ->
             continue
         content = choice["logprobs"]["content"]
         assert [entry["logprob"] for entry in content] == pytest.approx(
-            other["logprobs"]["token_logprobs"], abs=1e-4
+            other["logprobs"]["token_logprobs"], abs=2e-3
         )
         for entry, token_id in zip(content, choice["token_ids"], strict=True):
             assert entry["token_id"] == token_id and entry["token"] == f"token_id:{token_id}"
@@ -112,7 +112,7 @@ def test_ids_are_those_of_completions(server: Server, fields: dict[str, Any]) ->
         expected, numbers = numbers_apart(choice)
         same_choice, same_numbers = numbers_apart(streamed[choice["index"]])
         assert same_choice == expected
-        assert same_numbers == pytest.approx(numbers, abs=1e-4)
+        assert same_numbers == pytest.approx(numbers, abs=2e-3)
 
 
 @modes
@@ -349,7 +349,7 @@ def test_renderers_client(server: Server) -> None:
         [same] = post(server, GENERATE, generate(answer["prompt_ids"], **params))["choices"]
         assert answer["completion_ids"] == same["token_ids"]
         expected = [entry["logprob"] for entry in same["logprobs"]["content"]]
-        assert answer["completion_logprobs"] == pytest.approx(expected, abs=1e-4)
+        assert answer["completion_logprobs"] == pytest.approx(expected, abs=2e-3)
         assert answer["finish_reason"] == same["finish_reason"] == "length"
     for before, after in zip(seen, seen[1:]):
         start = before["prompt_ids"] + before["completion_ids"]

@@ -13,6 +13,8 @@ from testbed.release import ROOT, UPSTREAM
 
 # The tools run in the Python that `make` finds, not in the test environment.
 PYTHON = os.path.realpath(sys.executable)
+# What the tests may have been run with is not what they run the tools with.
+OF_THE_TESTS = ("PYTHONPATH", "UPSTREAM", "MAKEFLAGS", "ARGS", "WORKERS")
 
 
 def copy_project(target: Path) -> Path:
@@ -43,7 +45,7 @@ def make(project: Path, *args: str, **environment: str) -> tuple[int, str, str]:
     for name in ("python", "python3"):
         if not (bin / name).exists():
             (bin / name).symlink_to(PYTHON)
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "UPSTREAM", "MAKEFLAGS")}
+    kept = {k: v for k, v in os.environ.items() if k not in OF_THE_TESTS}
     env = {**kept, "PATH": f"{bin}:{os.environ['PATH']}", **environment}
     command = ["make", "--no-print-directory", *args]
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=project)

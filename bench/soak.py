@@ -44,7 +44,7 @@ NUM_TOP_LOGPROBS = 2
 # Of a request that is aborted or hung up on, so that it runs when that happens.
 LONG = 2000
 # For a prompt with n choices, stock keeps n - 1 states for ever.
-STOCK_KEEPS_STATES = (0, 5, 12) <= NUMBER < (0, 5, 23)
+STOCK_KEEPS_STATES = (0, 5, 10) <= NUMBER < (0, 5, 23)
 # How long the server may take to notice that clients are gone.
 PATIENCE_S = 30.0
 

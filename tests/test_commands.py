@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,17 @@ def test_an_index_that_cannot_be_reached(project: Path, retries: str) -> None:
     command = ["port", "FROM=v0.5.9", "TO=v9.9.9"]
     assert "reach" in error_of(make(project, *command, **UNREACHABLE, PIP_RETRIES=retries))
     assert (project / "pins.toml").read_bytes() == (ROOT / "pins.toml").read_bytes()
+
+
+def test_a_reader_that_has_enough(project: Path) -> None:
+    command = [PYTHON, "-m", "tools", "status"]
+    with subprocess.Popen(
+        command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_a_full_disk(project: Path) -> None:

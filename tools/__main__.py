@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -76,12 +78,17 @@ def main(argv: list[str]) -> int:
     module.add_arguments(parser)
     try:
         status: int = module.main(parser.parse_args(rest))
+        sys.stdout.flush()
     except ToolError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_status
     except PermissionError as e:
         print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever reads has enough. What is left is written nowhere, and not complained about.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

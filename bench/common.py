@@ -108,8 +108,10 @@ def make_request(port: int, path: str, body: dict[str, Any]) -> bytes:
     return head.encode() + content
 
 
-def write_results(path: Path, rows: Sequence[Row], **more: Any) -> None:
+def write_results(path: Path, rows: Sequence[Row], machine: str | None = None, **more: Any) -> None:
     """Write rows as JSON with their environment, of which `more` replaces or adds to a part."""
+    if machine:
+        more["machine"] = machine
     result = {**environment(), **more, "rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(result, indent=1) + "\n")
 

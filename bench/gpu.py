@@ -189,7 +189,6 @@ def main() -> int:
         parser.error(f"argument --processes: must be 1 to {MAX_CLIENT_PROCESSES}")
     if args.rounds < len(cards):
         parser.error(f"argument --rounds: must be at least one for each of {len(cards)} cards")
-    more = {"machine": args.machine} if args.machine else {}
     loads = {
         clients: Load(
             clients,
@@ -215,7 +214,8 @@ def main() -> int:
                     print(f"{clients} clients, card {card}: {rounds} rounds", file=sys.stderr)
                     # Who stops a long run keeps what it has measured.
                     if args.json:
-                        write_results(args.json, rows_of(samples, args.tokens), **more)
+                        rows = rows_of(samples, args.tokens)
+                        write_results(args.json, rows, args.machine)
     for own in groups(rows_of(samples, args.tokens)).values():
         print("\n".join(["", own[0].case, "", *table(own)]), flush=True)
     return 0

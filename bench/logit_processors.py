@@ -123,8 +123,7 @@ def main() -> int:
     ]
     print_rows(rows)
     if args.json:
-        more: dict[str, Any] = {"machine": args.machine} if args.machine else {}
-        write_results(args.json, rows, **more)
+        write_results(args.json, rows, args.machine)
     return 0
 
 

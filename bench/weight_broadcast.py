@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import requests
 import torch
@@ -306,7 +305,6 @@ def main() -> int:
     args = parser.parse_args()
     # As servers have it: NCCL fails where the ranks of a group do not agree.
     os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
-    more: dict[str, Any] = {"machine": args.machine} if args.machine else {}
     rows = measure_transport(args.mib * MIB, [x * MIB for x in args.buckets], args.rounds)
     for own in groups(rows).values():
         print_rows(own)
@@ -315,7 +313,7 @@ def main() -> int:
         print_rows(found)
         rows += found
     if args.json:
-        write_results(args.json, rows, **more)
+        write_results(args.json, rows, args.machine)
     return 0
 
 

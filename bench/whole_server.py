@@ -183,7 +183,7 @@ def measure(
             yield rows
 
 
-def keep(measured: Iterator[list[Row]], target: Path | None, **more: str) -> None:
+def keep(measured: Iterator[list[Row]], target: Path | None, **more: str | None) -> None:
     """Write the rows as they come: who stops a long run keeps what it has measured."""
     rows: list[Row] = []
     for found in measured:
@@ -241,7 +241,7 @@ def main() -> int:
             print("starting a stock and a patched server", file=sys.stderr)
             variants, urls = PAIR, stack.enter_context(cpu_servers())
         measured = measure(variants, urls, load, args.clients, args.rounds, args.modes)
-        keep(measured, args.json, **({"machine": args.machine} if args.machine else {}))
+        keep(measured, args.json, machine=args.machine)
     return 0
 
 

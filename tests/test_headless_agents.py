@@ -144,17 +144,15 @@ def test_strands(server: Server) -> None:
     assert len(rollout["commands"]) == len(proxy.exchanges) == 3
     ids: list[int] = []
     is_sampled: list[int] = []
-    logprobs: list[float | None] = []
+    logprobs: list[float] = []
     for exchange, sampled in zip(proxy.exchanges, [first, second, second], strict=True):
         prompt, answer = exchange.request["input_ids"], exchange.answer
         assert prompt[: len(ids)] == ids and answer["output_ids"] == sampled
         ids = prompt + sampled
         is_sampled += [0] * (len(prompt) - len(is_sampled)) + [1] * len(sampled)
-        logprobs += [None] * (len(prompt) - len(logprobs))
         logprobs += [logprob for logprob, _, _ in answer["meta_info"]["output_token_logprobs"]]
     assert rollout["token_ids"] == ids and rollout["loss_mask"] == is_sampled
-    sampled_logprobs = [logprob for logprob, mask in zip(rollout["logprobs"], is_sampled) if mask]
-    assert sampled_logprobs == [logprob for logprob, mask in zip(logprobs, is_sampled) if mask]
+    assert [value for value, mask in zip(rollout["logprobs"], is_sampled) if mask] == logprobs
 
 
 @pytest.mark.clause("C1", "C2", "C6")

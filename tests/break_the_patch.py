@@ -80,6 +80,11 @@ LOGITS = "srt/sampling/logit_processors.py"
 LOGITS_BATCH = "srt/sampling/logit_processor_batch.py"
 TEST_LOGITS = "tests/test_logit_processors.py"
 
+PROCESSES = "srt/utils/engine_processes.py"
+ENGINE_CALLS = "srt/entrypoints/engine_calls.py"
+REFUSALS = "srt/managers/refusals.py"
+TEST_ENGINE = "tests/test_engine.py"
+
 APPLY = "tools/apply.py"
 TEST_APPLY = "tests/test_apply.py"
 INSTALL = "tools/install.py"
@@ -968,6 +973,126 @@ MUTANTS: dict[str, Mutant] = {
         "for source in (*sources, *(",
         "for source in (*(",
         [TEST_LOGITS, "-k", "packages_register"],
+    ),
+    "processes-end-with-a-thread": Mutant(
+        "engine",
+        PROCESSES,
+        "engine.start(self, super().start)",
+        "super().start()",
+        [TEST_ENGINE, "-k", "anywhere and threads and not overlap"],
+    ),
+    "death-told-to-no-call": Mutant(
+        "engine",
+        ENGINE_CALLS,
+        "for future in waiting:",
+        "for future in waiting[:0]:",
+        [TEST_ENGINE, "-k", "dead_scheduler"],
+    ),
+    "dead-engine-takes-calls": Mutant(
+        "engine",
+        PROCESSES,
+        "if self.failure is not None:\n            raise",
+        "if False:\n            raise",
+        [TEST_ENGINE, "-k", "later_calls"],
+    ),
+    "reason-of-a-failure-lost": Mutant(
+        "engine",
+        PROCESSES,
+        "_reasons.send_bytes(",
+        "bytes(",
+        [TEST_ENGINE, "-k", "says_why"],
+    ),
+    "failed-start-leaves-processes": Mutant(
+        "engine",
+        PROCESSES,
+        "            processes.end()\n            atexit",
+        "            atexit",
+        [TEST_ENGINE, "-k", "failed_start_leaves"],
+    ),
+    "shutdown-of-all-children": Mutant(
+        "engine",
+        PROCESSES,
+        "tree: List[psutil.Process] = []",
+        "tree: List[psutil.Process] = psutil.Process().children()",
+        [TEST_ENGINE, "-k", "another_engine_follows"],
+    ),
+    "manager-not-handed-over": Mutant(
+        "engine",
+        ENGINE_CALLS,
+        "elif inspect.iscoroutinefunction(function):",
+        "elif False:",
+        [TEST_ENGINE, "-k", "manager_can_be_awaited and not overlap"],
+    ),
+    "streams-not-handed-over": Mutant(
+        "engine",
+        ENGINE_CALLS,
+        "if inspect.isasyncgenfunction(function):",
+        "if False:",
+        [TEST_ENGINE, "-k", "anywhere and loop and not overlap"],
+    ),
+    "chunks-grow-in-the-hands-of-a-caller": Mutant(
+        "engine",
+        ENGINE_CALLS,
+        "_as_of_now(value) if isinstance(value, (list, dict)) else value",
+        "value",
+        [TEST_ENGINE, "-k", "anywhere and stream and not overlap"],
+    ),
+    "ids-outside-of-the-vocabulary": Mutant(
+        "engine",
+        REFUSALS,
+        '_check_ids("input_ids", input_ids, vocab_size)',
+        "pass",
+        [TEST_ENGINE, "-k", "refused and large and not overlap"],
+    ),
+    "release-right-after-an-answer": Mutant(
+        "engine",
+        REFUSALS,
+        "if steps < _MAX_STEPS and",
+        "if False and",
+        [TEST_ENGINE, "-k", "memory and overlap"],
+    ),
+    "retracted-requests-count": Mutant(
+        "engine",
+        REFUSALS,
+        "scheduler.waiting_queue, grammar_manager.grammar_queue = [], []",
+        "pass",
+        [TEST_ENGINE, "-k", "memory"],
+    ),
+    "memory-woken-twice": Mutant(
+        "engine",
+        REFUSALS,
+        "if not asleep:",
+        "if False:",
+        [TEST_ENGINE, "-k", "refused and waking"],
+    ),
+    "tensors-not-compared": Mutant(
+        "engine",
+        REFUSALS,
+        "            _check_shape(name, tensor, runner)\n",
+        "            pass\n",
+        [TEST_ENGINE, "-k", "whole_or_not and shape"],
+    ),
+    "tensors-left-half-loaded": Mutant(
+        "engine",
+        REFUSALS,
+        "            undo.restore()\n",
+        "",
+        [TEST_ENGINE, "-k", "whole_or_not and type"],
+    ),
+    "update-without-a-flush-unsaid": Mutant(
+        "engine",
+        REFUSALS,
+        "keeps_cache = recv_req.flush_cache and not _is_idle(scheduler)",
+        "keeps_cache = False",
+        [TEST_ENGINE, "-k", "updates_while"],
+    ),
+    "turns-without-hidden-states": Mutant(
+        "engine",
+        "srt/managers/session_controller.py",
+        "return_hidden_states=req.return_hidden_states,",
+        "",
+        [TEST_ENGINE, "-k", "sessions"],
+        lacking=("v0.5.12.post1", "v0.5.15.post1", "v0.5.16", "v0.5.23"),
     ),
 }
 

@@ -70,6 +70,12 @@ STEPS = {
         pytest_of(("tests/test_trainer_routes.py",), "lose_no_id"),
         540,
     ),
+    "engine": Step(
+        "engines in programs: memory that tags free, tensors of the card, an adapter",
+        "pytest",
+        pytest_of(("tests/test_engine.py",), "not actor"),
+        540,
+    ),
     "broadcast": Step(
         "weights in buckets of several sizes against a bare broadcast, and the silence",
         "bench.weight_broadcast",

@@ -18,7 +18,12 @@ pytestmark = [
         UPSTREAM != PINS["default"], reason="the tools are tested with the default release"
     ),
 ]
-SELECTED = {"contract": MODES, "trainer": TRAINER_TESTS, "soak": ("lose_no_id",)}
+SELECTED = {
+    "contract": MODES,
+    "trainer": TRAINER_TESTS,
+    "soak": ("lose_no_id",),
+    "engine": ("test_engine",),
+}
 
 
 @pytest.mark.parametrize("name", [name for name, step in STEPS.items() if step.module == "pytest"])

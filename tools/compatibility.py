@@ -59,6 +59,10 @@ CAPABILITIES: dict[str, tuple[str, tuple[str, ...]]] = {
         "`custom_logit_processor` by name: masks, temperatures by token, the server's own",
         ("test_logit_processors",),
     ),
+    "engine": (
+        "`sgl.Engine` in any thread and event loop, which ends without the program that holds it",
+        ("test_engine",),
+    ),
     "provenance": (
         "`/get_server_info` and `python -m sglang.patches` say the release, the series and its "
         "hash",

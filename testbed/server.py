@@ -327,7 +327,9 @@ class Server:
         if mode.spawns:
             env["TEST_FORK"] = "0"
         if mode.stock:
-            env["PYTHONPATH"] = str(STOCK)
+            # What it imports may be there as well.
+            paths = [str(STOCK), os.environ.get("PYTHONPATH")]
+            env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         forks = not ON_GPU and env.keys() <= READ_AT_START
         self._start(name, name, command, env, forks=forks)
 

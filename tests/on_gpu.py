@@ -91,7 +91,7 @@ STEPS = {
     "server": Step(
         "stock and patched on the same card, 1, 64 and 256 clients, each card in its turn",
         "bench.gpu",
-        (f"--json={RESULTS}/gpu-{UPSTREAM}.json",),
+        ("--rounds=4", f"--json={RESULTS}/gpu-{UPSTREAM}.json"),
         580,
     ),
 }

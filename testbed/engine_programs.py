@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from testbed.release import ROOT
+from testbed.release import NUMBER, ROOT
 from testbed.tiny_model import make_adapter, tiny_model_path
 from tools.verify import kill_group, reserve_port
 
@@ -38,6 +38,9 @@ PROGRAM_TIMEOUT_S = 500.0
 DEAD_S = 20.0
 PROMPT = [10, 20, 30, 40]
 SHORT: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+HAS_CARD = os.environ.get("TEST_DEVICE") == "cuda"
+# What takes longer than the second after which the program looks.
+NUM_RUNNING_TOKENS = 3000 if HAS_CARD else 500
 # As long as the program likes: it ends it.
 LONG: dict[str, Any] = {"max_new_tokens": 4000, "temperature": 0, "ignore_eos": True}
 GROUP = "weights"
@@ -53,8 +56,12 @@ ON_CARD: dict[str, Any] = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "mem_fraction_static": 0.3,
-    "cuda_graph_max_bs": 8,
 }
+if NUMBER < (0, 5, 15):
+    ON_CARD |= {"cuda_graph_max_bs": 8}
+else:
+    # As the servers have it.
+    ON_CARD |= {"cuda_graph_max_bs_decode": 8, "cuda_graph_backend_prefill": "disabled"}
 
 
 @dataclasses.dataclass
@@ -174,7 +181,7 @@ def start_engine(**kwargs: Any) -> Engine:
             "sleep_on_idle": True,
             "disable_overlap_schedule": os.environ["OVERLAP"] == "0",
         }
-        | (ON_CARD if os.environ.get("TEST_DEVICE") == "cuda" else ON_CPU)
+        | (ON_CARD if HAS_CARD else ON_CPU)
         | kwargs
     )
 
@@ -676,7 +683,7 @@ def refuses() -> None:
         still_says(f"a tensor of {case}", result)
     unknown = {**weights, "no.such.weight": weights[name]}
     still_says("an unknown name", update_from(engine, unknown))
-    with running(engine, 1, SHORT | {"max_new_tokens": 2000}):
+    with running(engine, 1, SHORT | {"max_new_tokens": NUM_RUNNING_TOKENS + 1000}):
         engine.pause_generation(mode="in_place")
         flushing = update_from(engine, weights)
         keeping = update_from(engine, weights, flush_cache=False)
@@ -701,7 +708,7 @@ def as_bits(tensor: Any) -> Any:
 @contextlib.contextmanager
 def running(engine: Any, count: int, sampling: dict[str, Any] | None = None) -> Iterator[list[Any]]:
     """Have requests run in the block. Their answers are there after it."""
-    sampling = sampling or SHORT | {"max_new_tokens": 500}
+    sampling = sampling or SHORT | {"max_new_tokens": NUM_RUNNING_TOKENS}
     answers: list[Any] = []
 
     def generate() -> None:

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from testbed.engine_programs import DEAD_S, Observed, run_program
+from testbed.engine_programs import DEAD_S, NUM_RUNNING_TOKENS, Observed, run_program
 from testbed.server import ON_GPU
 
 overlaps = pytest.mark.parametrize(
@@ -188,10 +188,11 @@ def test_refused_with_the_engine_alive(asked: str, words: list[str], overlap: bo
 @overlaps
 def test_memory(overlap: bool) -> None:
     observed = program("refuses", overlap)
-    assert observed["they went on"] == [500, 500]
+    whole = [NUM_RUNNING_TOKENS] * 2
+    assert observed["they went on"] == whole
     assert observed["release right after an answer"] == [["None"], True]
     assert observed["release after a retraction"] == [["None", "None"], True]
-    assert observed["the retracted went on"] == [500, 500]
+    assert observed["the retracted went on"] == whole
 
 
 @overlaps

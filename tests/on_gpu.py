@@ -115,13 +115,15 @@ def run(step: Step, log: Path, machine: str | None) -> str:
         )
         try:
             status = process.wait(step.limit)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as e:
             # As Ctrl-C does, so that it stops its servers.
             process.send_signal(signal.SIGINT)
             try:
                 process.wait(GRACE_S)
             except subprocess.TimeoutExpired:
                 kill_group(process)
+            if isinstance(e, KeyboardInterrupt):
+                raise
             return "stopped"
     return f"failed ({status})" if status else "passed"
 
@@ -143,6 +145,8 @@ def main() -> int:
         for name in names:
             print(f"{name:10} {STEPS[name].limit:4.0f} s  {STEPS[name].about}")
         return 0
+    # A shell that runs this in the background has it ignored, which every step would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     args.output.mkdir(parents=True, exist_ok=True)
     has_failed = False
     for name in names:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,26 @@ def test_how_a_step_ends_is_said(
     assert run(Step("", module, args, limit), log, None) == outcome
     # What is stopped is interrupted first.
     assert ("KeyboardInterrupt" in log.read_text()) == (outcome == "stopped")
+
+
+def test_who_interrupts_the_list_interrupts_the_step(tmp_path: Path) -> None:
+    """Also where a shell runs it in the background, and so has it ignore that."""
+    step = "Step('', 'http.server', ('--bind=127.0.0.1', '0'), 60.0)"
+    code = f"import sys; from tests.on_gpu import *; STEPS['wait'] = {step}; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, f"--output={tmp_path}", "wait"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    log = tmp_path / "wait.log"
+    deadline = time.monotonic() + 30
+    while not (log.exists() and "Serving" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    assert "interrupt received" in log.read_text()
 
 
 def test_an_unknown_step_is_named() -> None:

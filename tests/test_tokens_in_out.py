@@ -98,7 +98,9 @@ def test_ids_are_those_of_completions(server: Server, fields: dict[str, Any]) ->
             assert entry["token_id"] == token_id and entry["token"] == f"token_id:{token_id}"
             top = entry["top_logprobs"]
             assert len(top) == max(fields["logprobs"], 1)
-            assert top[0] == {k: entry[k] for k in ("token_id", "token", "logprob")}
+            assert top[0] == {k: entry[k] for k in ("token_id", "token", "logprob", "rank")}
+            ranks = [candidate["rank"] for candidate in top]
+            assert ranks == list(range(1, len(top) + 1)) if fields["logprobs"] else [None]
             # Greedy: the sampled one is the likeliest.
             values = [candidate["logprob"] for candidate in top]
             assert values == sorted(values, reverse=True)
@@ -165,6 +167,231 @@ def test_stops(server: Server) -> None:
 
 
 @default
+def test_stop_token_ids_hold_beside_ignore_eos(server: Server) -> None:
+    """For those who ask this endpoint. In SGLang itself `ignore_eos` ignores both."""
+    eos = load_tokenizer().eos_token_id
+    # It samples the end of sequence now and then, and goes on.
+    params: dict[str, Any] = {"max_tokens": 40, "temperature": 1, "logit_bias": {str(eos): 4}}
+    [stop_id, *others] = [5 + i for i in range(120)]
+    params |= {"stop_token_ids": [stop_id, *others]}
+    num_with_eos = 0
+    for _ in range(10):
+        body = generate(ignore_eos=True, **params)
+        for choice in (post(server, GENERATE, body)["choices"][0], join(stream(server, body))[0]):
+            *before, last = choice["token_ids"]
+            num_with_eos += eos in before
+            assert not set(before) & set(params["stop_token_ids"])
+            if choice["finish_reason"] == "stop":
+                assert last in params["stop_token_ids"] and choice["stop_reason"] == last
+            else:
+                assert (choice["finish_reason"], len(before)) == ("length", 39)
+    assert num_with_eos
+
+    stock = {"max_new_tokens": 40, "temperature": 0, "ignore_eos": True}
+    plain = post(server, "/generate", {"input_ids": PROMPT, "sampling_params": stock})
+    stock["stop_token_ids"] = [plain["output_ids"][3]]
+    same = post(server, "/generate", {"input_ids": PROMPT, "sampling_params": stock})
+    assert same["output_ids"] == plain["output_ids"]
+
+
+def engine_logprobs(server: Server, prompt: list[int], num_top: int) -> list[Any]:
+    """For each position of a prompt, its own and the most likely, as the engine has them."""
+    client.flush_cache(server.url)
+    body = {"input_ids": prompt, "return_logprob": True, "logprob_start_len": 0}
+    body |= {"top_logprobs_num": num_top, "sampling_params": {"max_new_tokens": 1}}
+    meta_info = post(server, "/generate", body)["meta_info"]
+    client.flush_cache(server.url)
+    tops = meta_info["input_top_logprobs"] if num_top else [[]] * len(prompt)
+    return list(zip(meta_info["input_token_logprobs"], tops, strict=True))
+
+
+@modes
+@pytest.mark.parametrize("num_top", [0, 1, 4, -1])
+def test_prompt_logprobs_are_those_of_the_engine(server: Server, num_top: int) -> None:
+    tokenizer = load_tokenizer()
+    num_ids = len(tokenizer)
+    prompt = [5 + 7 * i % 250 for i in range(60)]
+    expected = engine_logprobs(server, prompt, num_ids if num_top == -1 else num_top)
+    assert expected[0][0][0] is None
+
+    body = generate(prompt, prompt_logprobs=num_top, max_tokens=1)
+    # The first chunk of a stream has what a whole response has, and no other has it.
+    whole = post(server, GENERATE, body)
+    assert whole["choices"][0]["logprobs"] is None
+    client.flush_cache(server.url)
+    body["sampling_params"]["max_tokens"] = 3
+    first, *others = stream(server, body)
+    assert others and not any("prompt_logprobs" in chunk for chunk in others)
+    for answer in (whole, first):
+        rows = answer["prompt_logprobs"]
+        assert len(rows) == len(prompt) and rows[0] is None
+        for token_id, row, ((logprob, own_id, _), top) in zip(
+            prompt[1:], rows[1:], expected[1:], strict=True
+        ):
+            # prime-rl takes the first for the token's own.
+            assert list(row)[0] == str(token_id) == str(own_id)
+            assert list(row.values())[0]["logprob"] == logprob
+            others_of_row = [(int(key), value["logprob"]) for key, value in row.items()][1:]
+            assert others_of_row == [(i, value) for value, i, _ in top if i != own_id]
+            ranks = {i: rank for rank, (_, i, _) in enumerate(top, 1)}
+            for key, value in row.items():
+                assert value["rank"] == ranks.get(int(key))
+                assert value["decoded_token"] == tokenizer.decode([int(key)])
+
+
+@default
+def test_prompt_logprobs_beside_others(server: Server) -> None:
+    """Each has as many as are asked for it, and nothing depends on what is cached."""
+    assert post(server, GENERATE, generate())["prompt_logprobs"] is None
+    prompt = [5 + 7 * i % 250 for i in range(60)]
+    post(server, GENERATE, generate(prompt))
+    for num_prompt, num_output in ((1, 3), (3, 1), (2, 0), (2, None)):
+        body = generate(prompt, prompt_logprobs=num_prompt, logprobs=num_output, n=2)
+        whole = post(server, GENERATE, body)
+        rows = whole["prompt_logprobs"]
+        assert len(rows) == len(prompt)
+        assert all(num_prompt <= len(row) <= num_prompt + 1 for row in rows[1:])
+        for choice in whole["choices"]:
+            if num_output is None:
+                assert choice["logprobs"] is None
+                continue
+            for entry in choice["logprobs"]["content"]:
+                assert len(entry["top_logprobs"]) == max(num_output, 1)
+
+    without_text = generate(prompt, prompt_logprobs=1, detokenize=False)
+    for row in post(server, GENERATE, without_text)["prompt_logprobs"][1:]:
+        assert {value["decoded_token"] for value in row.values()} == {None}
+    one = post(server, GENERATE, generate([7], prompt_logprobs=2))
+    assert one["prompt_logprobs"] == [None]
+
+
+@default
+def test_prefill_logprobs_as_prime_rl_asks(server: Server) -> None:
+    """Its `prefill_logprobs`: one for each token, and 0 for the first."""
+    prompt = [5 + 7 * i % 250 for i in range(60)]
+    expected = [own[0] or 0.0 for own, _ in engine_logprobs(server, prompt, 1)]
+    params = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "prompt_logprobs": 1}
+    body = {"model": "m", "token_ids": prompt, "sampling_params": params}
+    rows = post(server, GENERATE, body)["prompt_logprobs"]
+    flat = [next(iter(row.values()))["logprob"] if row else 0.0 for row in rows]
+    assert flat == expected
+
+
+@default
+def test_top_logprobs_are_not_cut(server: Server) -> None:
+    """The sampled token first, then as many as are asked for, itself not repeated."""
+    body = generate(temperature=1, logprobs=2, max_tokens=100)
+    [choice] = post(server, GENERATE, body)["choices"]
+    lengths = set()
+    for entry in choice["logprobs"]["content"]:
+        first, *others = entry["top_logprobs"]
+        assert first["token_id"] == entry["token_id"] and first["rank"] == entry["rank"]
+        assert entry["token_id"] not in {other["token_id"] for other in others}
+        ranks = [other["rank"] for other in others]
+        assert ranks == [rank for rank in (1, 2) if rank != first["rank"]]
+        lengths.add(len(others))
+    assert lengths >= {2}
+
+
+@modes
+@pytest.mark.parametrize("fields", [{}, {"n": 2, "temperature": 1}], ids=str)
+def test_text_beside_ids(server: Server, fields: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer()
+    body = {**generate(logprobs=2, max_tokens=24, **fields), "output_mode": "text"}
+    # Half a character is no text of its own.
+    ascii_ids = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).isascii()]
+    body["sampling_params"]["allowed_token_ids"] = ascii_ids
+    whole = post(server, GENERATE, body)
+    chunks = stream(server, body)
+    assert {answer["output_mode"] for answer in (whole, *chunks)} == {"text"}
+    texts: dict[int, str] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    streamed = join(chunks)
+    assert len(chunks) > 3 and len(streamed) == len(whole["choices"])
+    for choice in whole["choices"]:
+        same = streamed[choice["index"]]
+        if not fields:
+            assert same["token_ids"] == choice["token_ids"]
+        for ids, text in (
+            (choice["token_ids"], choice["text"]),
+            (same["token_ids"], texts[choice["index"]]),
+        ):
+            assert text == tokenizer.decode(ids, skip_special_tokens=True) and text
+        for content, ids in (
+            (choice["logprobs"]["content"], choice["token_ids"]),
+            (same["logprobs"]["content"], same["token_ids"]),
+        ):
+            for entry, token_id in zip(content, ids, strict=True):
+                assert set(entry) == {"token", "logprob", "bytes", "top_logprobs"}
+                assert entry["token"] == tokenizer.decode([token_id])
+                assert bytes(entry["bytes"]).decode() == entry["token"]
+                assert entry["top_logprobs"][0] == {
+                    key: entry[key] for key in ("token", "logprob", "bytes")
+                }
+                assert len(entry["top_logprobs"]) in (2, 3)
+    plain = post(server, GENERATE, {**body, "output_mode": "tokens"})
+    assert plain["output_mode"] == "tokens" and "text" not in plain["choices"][0]
+
+
+@default
+def test_text_without_the_stop_string(server: Server) -> None:
+    text = "one STOP two"
+    params: dict[str, Any] = {"structured_outputs": {"regex": text}, "max_tokens": 60}
+    params |= {"ignore_eos": False, "stop": ["STOP"]}
+    body = {**generate(**params), "output_mode": "text"}
+    [choice] = post(server, GENERATE, body)["choices"]
+    assert choice["text"] == "one " and choice["stop_reason"] == "STOP"
+    assert load_tokenizer().decode(choice["token_ids"]).startswith("one STOP")
+    body["sampling_params"]["include_stop_str_in_output"] = True
+    assert post(server, GENERATE, body)["choices"][0]["text"] == "one STOP"
+
+
+@pytest.mark.parametrize("server", ["default", "stream_interval"], indirect=True)
+def test_stream_interval_of_a_request(server: Server) -> None:
+    """It does not go below the server's, which is 4 in one of them."""
+    of_server = 4 if server.name == "stream_interval" else 1
+    expected = post(server, GENERATE, generate(max_tokens=40))["choices"][0]["token_ids"]
+    for asked in (None, 1, 10):
+        chunks = stream(server, generate(max_tokens=40, stream_interval=asked))
+        lengths = [len(chunk["choices"][0]["token_ids"]) for chunk in chunks]
+        ids = [i for chunk in chunks for i in chunk["choices"][0]["token_ids"]]
+        assert ids == expected
+        interval = max(asked or 1, of_server)
+        # The first comes at once, and what queued up comes together.
+        assert lengths[0] == 1 or interval == 1
+        assert all(length >= interval for length in lengths[1:-1])
+
+
+@pytest.mark.parametrize("server", ["trainer_dp"], indirect=True)
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+def test_data_parallel_rank(server: Server, streamed: bool) -> None:
+    def ask(rank: Any) -> requests.Response:
+        body = {**generate(max_tokens=2), "stream": streamed}
+        headers = {"X-data-parallel-rank": str(rank)}
+        return requests.post(server.url + GENERATE, json=body, headers=headers, timeout=60)
+
+    def count_prefills() -> list[int]:
+        lines = [line for line in server.log_text().splitlines() if "Prefill batch" in line]
+        return [sum(f"DP{rank}" in line for line in lines) for rank in range(2)]
+
+    for rank in (0, 1, 1, 0):
+        expected = count_prefills()
+        expected[rank] += 1
+        assert ask(rank).ok
+        deadline = time.monotonic() + 10
+        while count_prefills() != expected:
+            assert time.monotonic() < deadline, (count_prefills(), expected)
+            time.sleep(0.1)
+    for bad in (2, -1, "one", "1.0"):
+        response = ask(bad)
+        assert response.status_code == 400, response.text
+        assert f"X-data-parallel-rank is {bad}, but has to be from 0 to 1" in response.text
+    assert post(server, GENERATE, generate())["choices"]
+
+
+@default
 def test_structured_outputs(server: Server) -> None:
     for structured, text in (({"regex": "ab{3}c"}, "abbbc"), ({"json": {"const": "x"}}, '"x"')):
         params = {"ignore_eos": False, "max_tokens": 60, "structured_outputs": structured}
@@ -193,7 +420,14 @@ def test_without_max_tokens_the_context_is_the_limit(server: Server) -> None:
         ({"token_ids": [5, 1_000_000]}, ["1000000", "position 1", "vocabulary"]),
         ({"token_ids": [5] * 5000}, ["5000", "4096"]),
         ({"sampling_params": {"best_of": 2, "max_tokens": 3}}, ["best_of", "stop_token_ids"]),
-        ({"sampling_params": {"prompt_logprobs": 1}}, ["prompt_logprobs"]),
+        ({"sampling_params": {"prompt_logprobs": 301}}, ["prompt_logprobs is 301", "0 to 300"]),
+        ({"sampling_params": {"prompt_logprobs": -2}}, ["prompt_logprobs is -2", "0 to 300"]),
+        ({"sampling_params": {"stream_interval": 0}}, ["stream_interval"]),
+        ({"kv_transfer_params": {"bootstrap_room": 1}}, ["--disaggregation-mode"]),
+        (
+            {"kv_transfer_params": {"do_remote_decode": True}},
+            ["bootstrap_host", "not do_remote_decode"],
+        ),
         (
             {"sampling_params": {"structured_outputs": {"grammar": "root ::= x"}}},
             ["structured_outputs", "regex and json", "grammar"],
@@ -201,12 +435,9 @@ def test_without_max_tokens_the_context_is_the_limit(server: Server) -> None:
         ({"sampling_params": {"temperature": -1}}, ["temperature", "-1"]),
         ({"sampling_params": {"top_p": 2}}, ["top_p", "2"]),
         ({"sampling_params": {"n": 0}}, ["n"]),
-        (
-            {"sampling_params": {"ignore_eos": True, "stop_token_ids": [5]}},
-            ["ignore_eos", "stop_token_ids"],
-        ),
         ({"features": {"mm_hashes": {}}}, ["features"]),
-        ({"output_mode": "text"}, ["output_mode"]),
+        ({"output_mode": "derender"}, ["output_mode", "'text'"]),
+        ({"output_mode": "text", "sampling_params": {"detokenize": False}}, ["detokenize"]),
         ({"stream": "yes"}, ["stream"]),
         ({"token_ids": [5, True]}, ["token_ids', 1", "valid integer"]),
         ({"token_ids": [5, 6, "7"]}, ["token_ids', 2", "valid integer"]),
@@ -217,7 +448,7 @@ def test_without_max_tokens_the_context_is_the_limit(server: Server) -> None:
         ),
         ({"sampling_params": {"logprobs": 1_000_000}}, ["logprobs is 1000000", "0 to 300"]),
         ({"sampling_params": {"logprobs": 301}}, ["logprobs is 301", "0 to 300"]),
-        ({"sampling_params": {"logprobs": -1}}, ["logprobs is -1", "0 to 300"]),
+        ({"sampling_params": {"logprobs": -2}}, ["logprobs is -2", "0 to 300"]),
         ({"sampling_params": {"n": 1_000_000}}, ["n is 1000000", "1 to 4096"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -244,7 +475,9 @@ def test_the_first_of_many_bad_ids_is_named(server: Server) -> None:
 @default
 def test_as_many_logprobs_as_the_vocabulary_has(server: Server) -> None:
     num_ids = len(load_tokenizer())
-    [choice] = post(server, GENERATE, generate(logprobs=num_ids, max_tokens=2))["choices"]
+    whole = post(server, GENERATE, generate(logprobs=num_ids, max_tokens=2))
+    [choice] = whole["choices"]
+    assert post(server, GENERATE, generate(logprobs=-1, max_tokens=2))["choices"] == [choice]
     for entry in choice["logprobs"]["content"]:
         ids = [candidate["token_id"] for candidate in entry["top_logprobs"]]
         assert sorted(ids) == list(range(num_ids))

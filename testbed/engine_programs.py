@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from testbed.release import NUMBER, ROOT
-from testbed.tiny_model import make_adapter, tiny_model_path
+from testbed.tiny_model import load_tokenizer, make_adapter, tiny_model_path
 from tools.verify import kill_group, reserve_port
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Observed:
         return self.values[name]
 
 
-def run_program(name: str, *, overlap: bool = False, spawns: bool = False) -> Observed:
+def run_program(name: str, overlap: bool, spawns: bool) -> Observed:
     """Run a program of this module, and look at what it leaves behind.
 
     Args:
@@ -170,11 +170,9 @@ def outcome(call: Callable[[], Any]) -> str:
         return type(error).__name__
 
 
-def start_engine(**kwargs: Any) -> Engine:
-    from sglang import Engine
-
-    return Engine(
-        **{
+def engine_options(**kwargs: Any) -> dict[str, Any]:
+    return (
+        {
             "model_path": str(tiny_model_path()),
             "grammar_backend": "llguidance",
             "max_total_tokens": 65536,
@@ -184,6 +182,12 @@ def start_engine(**kwargs: Any) -> Engine:
         | (ON_CARD if HAS_CARD else ON_CPU)
         | kwargs
     )
+
+
+def start_engine(**kwargs: Any) -> Engine:
+    from sglang import Engine
+
+    return Engine(**engine_options(**kwargs))
 
 
 def in_thread(call: Callable[[], Any]) -> Any:
@@ -410,10 +414,14 @@ async def controls(engine: Any) -> dict[str, Any]:
     found["disk"] = (await engine.async_update_weights_from_disk(path, weight_version="disk"))[0]
     found["version of disk"] = await engine.async_get_weight_version()
     tensors = list(load_file(f"{path}/model.safetensors").items())
-    with updating(engine):
-        found["tensors"] = (
-            await engine.async_update_weights_from_tensor(tensors, weight_version="tensors")
-        )[0]
+    is_update_opened = hasattr(engine, "begin_weight_update")
+    if is_update_opened:
+        await engine.async_begin_weight_update()
+    found["tensors"] = (
+        await engine.async_update_weights_from_tensor(tensors, weight_version="tensors")
+    )[0]
+    if is_update_opened:
+        await engine.async_end_weight_update()
     found["version of tensors"] = engine.get_weight_version()
     answer = await engine.async_generate(input_ids=PROMPT, sampling_params=SHORT)
     found["version of an answer"] = answer["meta_info"]["weight_version"]
@@ -807,6 +815,67 @@ def ray_actors() -> None:
     ray.shutdown()
 
 
+class SkyRLActor:
+    """Holds the engine of SkyRL as its own actor does."""
+
+    def __init__(self) -> None:
+        self.engine: Any = skyrl_engine()(tokenizer=load_tokenizer(), **engine_options())
+
+    async def generate(self) -> Any:
+        batch = {"prompt_token_ids": [PROMPT, PROMPT[::-1]], "sampling_params": SHORT}
+        answer = await self.engine.generate(batch)
+        return [answer["response_ids"], answer["stop_reasons"]]
+
+    async def sleep(self) -> Any:
+        await self.engine.sleep()
+        await self.engine.wake_up(["weights"])
+        await self.engine.wake_up(["kv_cache"])
+        return (await self.engine.reset_prefix_cache()).success
+
+    async def shutdown(self) -> list[str]:
+        await self.engine.teardown()
+        return children()
+
+
+def skyrl_engine() -> Any:
+    """Return the engine class of skyrl-train with its patch of SGLang undone.
+
+    It was written for an older SGLang, whose names are put back for it, and for a GPU.
+    """
+    import torch
+    from sglang.srt import utils
+    from sglang.srt.entrypoints import engine
+    from sglang.srt.managers import io_struct, tokenizer_manager
+
+    own = engine._set_envs_and_config
+    vars(utils)["maybe_set_triton_cache_manager"] = lambda: None
+    for name in dir(io_struct):
+        if name.endswith("ReqInput"):
+            vars(tokenizer_manager).setdefault(name, getattr(io_struct, name))
+    if not torch.cuda.is_available():
+        torch.cuda.mem_get_info = lambda *_: (0, 0)  # type: ignore[assignment]
+    from skyrl_train.inference_engines.sglang import sglang_engine
+
+    assert engine._set_envs_and_config is not own
+    engine._set_envs_and_config = own
+    return sglang_engine.SGLangInferenceEngine
+
+
+def skyrl_actor() -> None:
+    """Hold the engine of SkyRL in an asynchronous actor."""
+    import ray
+
+    from testbed import engine_programs
+
+    ray.init(num_cpus=2, include_dashboard=False)
+    actor: Any = ray.remote(engine_programs.SkyRLActor).remote()
+    tell("answers", ray.get([actor.generate.remote() for _ in range(4)], timeout=200))
+    tell("slept", ray.get(actor.sleep.remote(), timeout=100))
+    tell("after it", ray.get(actor.generate.remote(), timeout=100))
+    tell("children", ray.get(actor.shutdown.remote(), timeout=100))
+    ray.shutdown()
+
+
 def on_a_card() -> None:
     """Release memory for real, hand over tensors of the card, and take an adapter."""
     import torch
@@ -821,6 +890,13 @@ def on_a_card() -> None:
             free.append(torch.cuda.mem_get_info()[0])
         engine.resume_memory_occupation()
         tell("freed", [free[1] - free[0], free[2] - free[1]])
+    with observing("too little to wake"):
+        engine.release_memory_occupation()
+        taken = torch.empty(torch.cuda.mem_get_info()[0] - 2**24, dtype=torch.uint8, device="cuda")
+        tell("too little to wake", outcome_text(engine.resume_memory_occupation))
+        del taken
+        torch.cuda.empty_cache()
+        engine.resume_memory_occupation()
     with observing("tensors of the card"):
         weights = load_file(tiny_model_path() / "model.safetensors", device="cuda")
         updated = update_from(engine, weights)
@@ -847,6 +923,7 @@ PROGRAMS = {
         loses_a_replica,
         refuses,
         ray_actors,
+        skyrl_actor,
         on_a_card,
         ends_with_it,
     )

@@ -15,10 +15,12 @@ overlaps = pytest.mark.parametrize(
 )
 
 
-# Each takes the time of some starts.
-@cache
+# Each takes the time of some starts, and is run once.
+run_once = cache(run_program)
+
+
 def program(name: str, overlap: bool = False, spawns: bool = False) -> Observed:
-    return run_program(name, overlap=overlap, spawns=spawns)
+    return run_once(name, overlap, spawns)
 
 
 def check_end(observed: Observed) -> None:
@@ -246,11 +248,24 @@ def test_in_an_actor() -> None:
     assert observed.status == 0, observed.log[-3000:]
 
 
+def test_the_engine_of_skyrl() -> None:
+    """As it is but for its patch of SGLang, in its asynchronous actor."""
+    observed = program("skyrl_actor", spawns=True)
+    ids, reasons = observed["after it"]
+    assert [len(x) for x in ids] == [8, 8]
+    assert reasons == ["length", "length"]
+    assert observed["answers"] == [[ids, reasons]] * 4
+    assert observed["slept"] is True
+    assert observed["children"] == []
+    assert observed.status == 0, observed.log[-3000:]
+
+
 @pytest.mark.skipif(not ON_GPU, reason="a CPU has no memory that tags free, and no CUDA IPC")
 def test_on_a_card() -> None:
     observed = program("on_a_card", spawns=True)
     # The cache of 65536 tokens, and the weights of the tiny model.
     assert observed["freed"][0] > 2**25 and observed["freed"][1] > 0
+    assert "Memory was not taken" in observed["too little to wake"]
     assert observed["tensors of the card"] == [True, True]
     assert observed["adapter"] == [True, True]
     assert "did not start" in observed["too little memory"]

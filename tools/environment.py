@@ -71,7 +71,9 @@ def make_environment(
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
             file.write(requirements)
             file.flush()
-            options = ["--no-compile", "--no-deps", "--requirement", file.name]
+            # Clients ask for the Python that what they depend on asks for.
+            options = ["--no-compile", "--no-deps", "--ignore-requires-python"]
+            options += ["--requirement", file.name]
             run_pip(python_of(env), "install", *options)
     if remove:
         run_pip(python_of(env), "uninstall", "--yes", *remove)

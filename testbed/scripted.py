@@ -58,6 +58,8 @@ class ScriptedEngine:
         self.manager = manager
         self.plan = Plan([], [], [], (0, 0))
         self.rids: list[str] = []
+        # What was to be prefilled so far.
+        self.prompts: list[list[int]] = []
         self.num_prompt_ids = 0
         self.player: asyncio.Task[None] | None = None
         self.warmups: set[asyncio.Task[None]] = set()
@@ -79,6 +81,7 @@ class ScriptedEngine:
                 self.warmups.add(asyncio.create_task(self.put_out(request.rid, step, 0, finish)))
                 continue
             self.rids.append(request.rid)
+            self.prompts.append(list(request.input_ids or ()))
             self.num_prompt_ids = self.plan.num_prompt_ids or len(request.input_ids)
             if len(self.rids) == len(self.plan.choices):
                 self.player = asyncio.create_task(self.play())

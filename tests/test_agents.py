@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import subprocess
@@ -46,12 +45,12 @@ from testbed.release import NUMBER, UPSTREAM
 from testbed.scripted import (
     PROMPT_IDS,
     Plan,
-    Serving,
     Step,
     marks_in,
     num_ids_behind,
     serve,
 )
+from testbed.scripted_agents import Agents
 from testbed.server import (
     ABORTED_STREAMS_FAIL,
     FAILS_ABORTED_STREAMS,
@@ -422,60 +421,6 @@ def test_thoughts_and_calls_by_an_sdk(server: Server, streamed: tuple[int, ...],
 
 
 # The real handlers over a scripted engine.
-
-
-def http_request(body: dict[str, Any], **headers: str) -> Any:
-    from starlette.requests import Request
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
-
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": raw}
-    return Request(scope, receive)
-
-
-@dataclasses.dataclass
-class Agents:
-    """The handlers of both endpoints over a scripted engine."""
-
-    serving: Serving
-
-    def __post_init__(self) -> None:
-        from sglang.srt.entrypoints.agent_token_ids import add_agent_token_ids
-        from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
-        from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
-        from starlette.datastructures import State
-
-        handlers = self.serving.handlers
-        self.responses = OpenAIServingResponses(handlers.manager, handlers.templates)
-        self.state = State()
-        self.state.anthropic_serving = AnthropicServing(handlers.chat)
-        self.state.openai_serving_responses = self.responses
-        add_agent_token_ids(self.state, handlers.manager.server_args)
-
-    def ask(self, path: str, body: dict[str, Any], plan: Plan) -> Any:
-        """Return the answer, or the events of a stream."""
-        self.serving.engine.start(plan)
-        return self.serving.loop.run_until_complete(self._ask(path, body))
-
-    async def _ask(self, path: str, body: dict[str, Any]) -> Any:
-        from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
-        from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
-
-        raw = http_request(body)
-        if path == MESSAGES:
-            asked = AnthropicMessagesRequest(**body)
-            result = await self.state.anthropic_serving.handle_messages(asked, raw)
-        else:
-            asked = ResponsesRequest(**body)
-            result = await self.state.openai_serving_responses.create_responses(asked, raw)
-        chunks = getattr(result, "body_iterator", result)
-        if hasattr(chunks, "__aiter__"):
-            return events_of("".join([chunk async for chunk in chunks]))
-        if isinstance(result, dict):
-            return result
-        return json.loads(getattr(result, "body", None) or result.model_dump_json())
 
 
 FLAGS = {

@@ -19,6 +19,7 @@ import requests
 from testbed.chained_model import Replies, chained_model_path, replies_that_call
 from testbed.chat_shapes import SHAPES
 from testbed.forks import ForkedModule
+from testbed.harmony import ENCODINGS_BASE, FOLDER, HARMONY_VOCAB_SIZE, harmony_model_path
 from testbed.release import NUMBER, ROOT, STOCK, UPSTREAM
 from testbed.tiny_model import tiny_model_path
 from tools.verify import kill_group, reserve_port
@@ -47,7 +48,11 @@ else:
     BASE_ENV |= {"OMP_NUM_THREADS": "1"}
 
 # What a server reads when it starts, and not when SGLang is imported.
-READ_AT_START = {"SGLANG_RETURN_TOKEN_IDS", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS"}
+READ_AT_START = {
+    "SGLANG_RETURN_TOKEN_IDS",
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS",
+    ENCODINGS_BASE,
+}
 
 INCREMENTAL = "--stream-output" if NUMBER < (0, 5, 10) else "--incremental-streaming-output"
 # Stock takes the new text of an incremental completion for all of it, and cuts off as much
@@ -81,6 +86,10 @@ KEEPS_RESPONSES = NUMBER < (0, 5, 23)
 KEEP_RESPONSES = () if KEEPS_RESPONSES else ("--enable-response-store",)
 # Whether the CPU engine wants cores for the ranks of all replicas rather than of each.
 BINDS_ALL_RANKS = NUMBER >= (0, 5, 23)
+# What a server takes for gpt-oss that is none.
+HARMONY_FLAGS = (
+    f'--json-model-override-args={{"model_type": "gpt_oss", "vocab_size": {HARMONY_VOCAB_SIZE}}}',
+)
 CRASH_DUMPS = ROOT / "build" / "crash-dumps" / UPSTREAM
 LOGS = ROOT / "build" / "logs" / UPSTREAM
 
@@ -109,6 +118,7 @@ class Mode:
         without_weights: Whether the folder of the model has none.
         shape: Which of `SHAPES` the model has.
         replies: What the model says, instead of anything at random (`chained_model`).
+        speaks_harmony: Whether the model is taken for gpt-oss (`harmony`).
     """
 
     flags: tuple[str, ...] = ()
@@ -120,6 +130,7 @@ class Mode:
     without_weights: bool = False
     shape: str = ""
     replies: Replies = ()
+    speaks_harmony: bool = False
 
 
 # Tests come in this order, so those that are compared with stock are next to it.
@@ -223,6 +234,12 @@ for _name, _tool, _argument in (("bash", "bash", "command"), ("codex", "exec_com
         env=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),
         replies=replies_that_call(_tool, _argument),
     )
+MODES["gpt_oss"] = Mode(
+    # Grammars would want the tokenizer that the model has not.
+    (*HARMONY_FLAGS, "--grammar-backend=none", "--keep-turns=1000", *KEEP_RESPONSES),
+    env=((ENCODINGS_BASE, str(FOLDER)),),
+    speaks_harmony=True,
+)
 # What the CPU engine does not have or has no kernels for.
 GPU_MODES: dict[str, Mode] = {}
 if ON_GPU:
@@ -313,13 +330,14 @@ class Server:
 
     def __init__(self, name: str):
         mode = MODES[name]
-        model = (
-            chained_model_path(mode.replies)
-            if mode.replies
-            else tiny_model_path(
+        if mode.speaks_harmony:
+            model = harmony_model_path()
+        elif mode.replies:
+            model = chained_model_path(mode.replies)
+        else:
+            model = tiny_model_path(
                 qwen=mode.qwen, without_weights=mode.without_weights, shape=mode.shape
             )
-        )
         command = ["sglang.launch_server", "--model-path", str(model)]
         command += BASE_FLAGS if mode.overlap else [*BASE_FLAGS, "--disable-overlap-schedule"]
         command += mode.flags

@@ -72,6 +72,8 @@ KEPT_TURNS = "srt/entrypoints/openai/kept_turns.py"
 TURNS = "tests/test_turns.py"
 AGENT_IDS = "srt/entrypoints/agent_token_ids.py"
 AGENTS = "tests/test_agents.py"
+RESPONSE_TURNS = "srt/entrypoints/response_turns.py"
+GPT_OSS = "tests/test_gpt_oss.py"
 
 ID_NAMES = "srt/entrypoints/openai/id_names.py"
 TEST_ID_NAMES = "tests/test_id_names.py"
@@ -749,6 +751,69 @@ MUTANTS: dict[str, Mutant] = {
         "result.prompt = result.prompt_ids",
         "pass",
         [AGENTS, "-k", "multimodal"],
+    ),
+    "harmony-drops-thoughts": Mutant(
+        "turns",
+        RESPONSE_TURNS,
+        "return ids + render_for_completion(messages[len(messages) - num_left :])",
+        "return render_for_completion(messages)",
+        [GPT_OSS, "-k", "any_turn"],
+    ),
+    "harmony-of-all-items": Mutant(
+        "turns",
+        RESPONSE_TURNS,
+        "messages[len(messages) - num_left :]",
+        "messages[2:]",
+        [GPT_OSS, "-k", "any_turn"],
+    ),
+    "harmony-not-ended": Mutant(
+        "turns",
+        RESPONSE_TURNS,
+        "if ids[-1] not in encoding.stop_tokens():",
+        "if False:",
+        [GPT_OSS, "-k", "any_turn"],
+    ),
+    "harmony-of-every-head": Mutant(
+        "turns",
+        RESPONSE_TURNS,
+        "_describe(messages[:_NUM_HEAD])",
+        "None",
+        [GPT_OSS, "-k", "another_head"],
+    ),
+    "harmony-of-a-day": Mutant(
+        "turns",
+        RESPONSE_TURNS,
+        "            part.pop(_DATE, None)\n",
+        "            pass\n",
+        [GPT_OSS, "-k", "midnight"],
+    ),
+    "response-without-a-name": Mutant(
+        "turns",
+        AGENT_IDS,
+        'keep_reply(to_message(output), response["id"])',
+        "keep_reply(to_message(output))",
+        [GPT_OSS, "-k", "any_turn and previous"],
+    ),
+    "names-without-bound": Mutant(
+        "turns",
+        KEPT_TURNS,
+        "for key in turn.keys:\n            self._by_key[key].remove(number)",
+        "for key in (turn.digests[-1],):\n            self._by_key[key].remove(number)",
+        [GPT_OSS, "-k", "last_turns"],
+    ),
+    "shown-by-a-stream-ignored": Mutant(
+        "turns",
+        AGENT_IDS,
+        'self._shown.append(orjson.loads("{" + data)["item"])',
+        "self._shown.append({})",
+        [GPT_OSS, "-k", "any_turn and items"],
+    ),
+    "generations-of-one": Mutant(
+        "C6",
+        AGENT_IDS,
+        'fields["generations"] = generations',
+        "pass",
+        [GPT_OSS, "-k", "generations"],
     ),
     "sglext-after-usage": Mutant(
         "names",

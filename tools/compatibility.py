@@ -46,7 +46,7 @@ CAPABILITIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "agents": (
         "`/v1/messages` and `/v1/responses`, whole and streamed",
-        ("test_agents", "test_headless_agents"),
+        ("test_agents", "test_gpt_oss", "test_headless_agents"),
     ),
     "generate": ("`/inference/v1/generate`", ("test_tokens_in_out", "test_rollout_clients")),
     "weight versions": ("`weight_versions` by token, in streams too", ("test_weight_versions",)),

@@ -100,6 +100,7 @@ def harmony_model_path() -> Path:
 
     It is a Llama: a server takes it for gpt-oss if it is told that its type is that.
     """
+    fetch_vocabulary()
     digest = hashlib.sha256(repr(FOLLOWING).encode()).hexdigest()
     path = MODELS / f"tiny-harmony-{digest[:8]}"
     if not path.exists():

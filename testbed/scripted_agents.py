@@ -69,3 +69,13 @@ class Agents:
         if isinstance(result, dict):
             return result
         return json.loads(getattr(result, "body", None) or result.model_dump_json())
+
+
+def without_random(value: Any) -> Any:
+    """An answer or events without what is drawn at random for each."""
+    if isinstance(value, list):
+        return [without_random(item) for item in value]
+    if isinstance(value, dict):
+        random = ("id", "call_id", "item_id", "created_at", "completed_at")
+        return {k: "drawn" if k in random else without_random(v) for k, v in value.items()}
+    return value

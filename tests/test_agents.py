@@ -50,7 +50,7 @@ from testbed.scripted import (
     num_ids_behind,
     serve,
 )
-from testbed.scripted_agents import Agents
+from testbed.scripted_agents import Agents, without_random
 from testbed.server import (
     ABORTED_STREAMS_FAIL,
     FAILS_ABORTED_STREAMS,
@@ -445,16 +445,6 @@ def single_plans(draw: st.DrawFn) -> Plan:
         # In no order.
         step.ids = [7919 * i % 10007 for i in step.ids]
     return Plan(plan.choices[:1], plan.finish[:1], schedule, plan.reasoning)
-
-
-def without_random(value: Any) -> Any:
-    """An answer or events without what is drawn at random for each."""
-    if isinstance(value, list):
-        return [without_random(item) for item in value]
-    if isinstance(value, dict):
-        random = ("id", "call_id", "item_id", "created_at", "completed_at")
-        return {k: "drawn" if k in random else without_random(v) for k, v in value.items()}
-    return value
 
 
 @pytest.mark.clause("C1", "C2", "C3", "C4", "C5", "C6", "C11")

@@ -65,6 +65,8 @@ WEIGHT_VERSIONS = "srt/managers/weight_versions.py"
 TEST_WEIGHT_VERSIONS = "tests/test_weight_versions.py"
 ROUTES = "srt/entrypoints/trainer_routes.py"
 TRAINER_ROUTES = "tests/test_trainer_routes.py"
+VLLM_ROUTES = "srt/entrypoints/vllm_routes.py"
+TRAINER_ADAPTERS = "srt/entrypoints/trainer_adapters.py"
 TRAINER_UPDATES = "srt/weight_sync/trainer_updates.py"
 
 PREFIX = "srt/entrypoints/openai/prompt_prefix.py"
@@ -588,6 +590,63 @@ MUTANTS: dict[str, Mutant] = {
         "        self._broadcast(flattened)\n",
         "        self._broadcast(flattened.clone().zero_())\n",
         [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
+    ),
+    "requests-while-paused": Mutant(
+        "C1",
+        VLLM_ROUTES,
+        "if self.routes.refuses_requests and",
+        "if False and",
+        [TRAINER_ROUTES, "-k", "test_pause and abort"],
+    ),
+    "refused-after-a-resume": Mutant(
+        "C1",
+        ROUTES,
+        "        self.resumes_after_update = True\n        self.refuses_requests = False",
+        "        self.resumes_after_update = True",
+        [TRAINER_ROUTES, "-k", "test_pause and wait"],
+    ),
+    "detokenized-by-one-name": Mutant(
+        "C11",
+        VLLM_ROUTES,
+        "skip_special_tokens=False",
+        "skip_special_tokens=True",
+        [TRAINER_ROUTES, "-k", "text_has_the_name"],
+    ),
+    "rendered-without-its-parameters": Mutant(
+        "C1",
+        VLLM_ROUTES,
+        '"max_completion_tokens": "max_tokens",',
+        "",
+        [TRAINER_ROUTES, "-k", "rendered"],
+    ),
+    "rendered-without-a-grammar": Mutant(
+        "C1",
+        VLLM_ROUTES,
+        "if structured is not None:",
+        "if False:",
+        [TRAINER_ROUTES, "-k", "rendered"],
+    ),
+    "an-adapter-replaced-in-place": Mutant(
+        "C1",
+        TRAINER_ADAPTERS,
+        "adapters[name] = _renamed(new, name)",
+        "adapters[name] = _renamed(old, name)",
+        [TRAINER_ROUTES, "-k", "loaded_again"],
+    ),
+    "an-adapter-unloaded-under-requests": Mutant(
+        "C1",
+        TRAINER_ADAPTERS,
+        "task = asyncio.create_task(self._retire(spare, old.lora_id))",
+        "await self.manager_unload(UnloadLoRAAdapterReqInput(lora_name=spare))\n"
+        "        task = asyncio.create_task(asyncio.sleep(0))",
+        [TRAINER_ROUTES, "-k", "loaded_again"],
+    ),
+    "aiohttp-refused": Mutant(
+        "C1",
+        ROUTES,
+        'media_type in ("", _NO_CONTENT_TYPE)',
+        'media_type in ("",)',
+        [TRAINER_ROUTES, "-k", "json_may_be_posted"],
     ),
     "a-trainer-joins-in-vain": Mutant(
         "C1",

@@ -5,18 +5,20 @@ With TEST_VLLM=1 they run against vLLM as well, and nothing may differ but the i
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from testbed.client import CHAT, GENERATE
+from testbed.client import CHAT, GENERATE, flush_cache, post
 from testbed.pool import ServerPool
 from testbed.recorder import Exchange, RecordingProxy
 from testbed.release import UPSTREAM
 from testbed.server import STOCK_TRACKS_VERSIONS
-from testbed.tiny_model import CALL, tiny_model_path
+from testbed.tiny_model import CALL, load_tokenizer, make_adapter, tiny_model_path
 from testbed.vllm import vllm_server
 from tests.clients.environments import name_tokens_by_id, run_client
 
@@ -133,6 +135,60 @@ def test_rollout(client: tuple[str, str, str], sglang_url: str) -> None:
     if client == LEGACY and STOCK_TRACKS_VERSIONS:
         pytest.skip(f"stock {UPSTREAM} has a list in metadata, which the models of openai refuse")
     CHECKS[client](*rollout(client, sglang_url))
+
+
+@pytest.mark.clause("C1", "C2", "C5")
+def test_every_method_of_skyrl(servers: ServerPool, tmp_path: Path) -> None:
+    server = servers.get("trainer_lora")
+    make_adapter(tmp_path / "adapter")
+    argument = json.dumps({"adapter": str(tmp_path / "adapter"), "server": server.url})
+    with RecordingProxy(server.url) as proxy:
+        result = run_client("skyrl", "skyrl_client.py", proxy.url, tiny_model_path(), argument)
+    tokenizer = load_tokenizer()
+    texts = ["Once upon a time", "日本語"]
+    ids = [tokenizer.encode(text) for text in texts]
+
+    assert result["get_world_size"] == [1, 1]
+    assert result["tokenize"] == ids and result["detokenize"] == tokenizer.batch_decode(ids)
+    assert result["finish_session"] is None
+    rendered = result["render"]
+    [answer] = [x.answer for x in proxy.exchanges if x.path == CHAT]
+    assert result["chat"] == answer and answer["choices"][0]["finish_reason"] == "length"
+    flush_cache(server.url)
+    [choice] = post(server, GENERATE, rendered)["choices"]
+    text = tokenizer.decode(choice["token_ids"], skip_special_tokens=True)
+    assert text == answer["choices"][0]["message"]["content"]
+    assert len(result["completion"]["choices"][0]["text"]) > 0
+
+    first = result["generate"]
+    answers = [x.answer for x in proxy.exchanges if x.path == GENERATE]
+    said = [a["choices"][0]["token_ids"] for a in answers if "choices" in a]
+    for ids in first["response_ids"]:
+        assert len(ids) == 8 and ids in said
+    assert first["responses"] == tokenizer.batch_decode(first["response_ids"])
+    assert [len(x) for x in first["response_logprobs"]] == [8, 8]
+    assert first["stop_reasons"] == ["length", "length"]
+    for again in ("generated", "of a clone"):
+        assert result[again]["response_ids"] == first["response_ids"]
+
+    # Paused by keep they wait, and else they are told to come again.
+    assert result["waits"] and result["pause_generation"] == {"status": "paused"}
+    assert result["resume_generation"] == {"status": "resumed"}
+    for mode in ("abort", "wait"):
+        assert result[f"pause {mode}"] == {"status": "paused"}
+        assert result[f"generate in {mode}"]["status"] == 503
+        assert result[f"resume {mode}"] == {"status": "resumed"}
+    assert result["reset_prefix_cache"] == {"success": True}
+    # The server has no memory saver, and its log says so: the client takes vLLM's errors.
+    assert result["sleep"]["status"] == 400
+    assert result["sleep 0"] == {"status": "sleeping", "level": 0}
+    assert result["wake_up"] == {"status": "awake", "tags": ["weights", "kv_cache"]}
+
+    for name in ("load", "load again"):
+        assert result[name] == "Success: LoRA adapter 'own' added successfully."
+    assert result["adapted"]["response_ids"] != first["response_ids"]
+    assert result["unload"] == "Success: LoRA adapter 'own' removed successfully."
+    assert result["unload again"]["status"] == 404
 
 
 def shape(value: Any) -> Any:

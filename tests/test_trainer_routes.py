@@ -19,14 +19,18 @@ from safetensors.torch import load_file, save_file
 from bench.soak import KINDS, EngineClients, start_clients
 from testbed.client import (
     CHAT,
+    COMPLETIONS,
     GENERATE,
     NUM_TOKENS,
     PROMPT,
+    TOOL,
     Running,
     body_for,
+    chat,
     control,
     flush_cache,
     fresh,
+    generate,
     post,
 )
 from testbed.pool import ServerPool
@@ -54,7 +58,27 @@ ROUTES = [
     "/update_weights",
     "/reload_weights",
     "/init_broadcaster",
+    "/sleep",
+    "/wake_up",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/skyrl/v1/load_lora_adapter",
 ]
+# What clients of vLLM call beside them.
+CLIENT_ROUTES = ["/finish_session", "/v1/chat/completions/render"]
+# Where requests are refused while paused by abort or wait.
+GENERATES = [
+    "/generate",
+    "/v1/completions",
+    CHAT,
+    "/v1/chat/completions/tokens",
+    "/v1/messages",
+    "/v1/responses",
+    GENERATE,
+]
+RENDER = "/v1/chat/completions/render"
+MESSAGES = [{"role": "user", "content": "Say something, 日本語."}]
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
 # Where BAD_PARAMETER is.
 SHARD = "model-2.safetensors"
 
@@ -440,6 +464,71 @@ def test_adapters_are_left_alone(server: Server, tmp_path: Path) -> None:
     assert ids() == (base, with_adapter)
 
 
+@pytest.mark.parametrize("server", ["trainer_lora"], indirect=True)
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/load_lora_adapter", {}),
+        ("/v1/load_lora_adapter", {"load_inplace": True}),
+        ("/skyrl/v1/load_lora_adapter", {}),
+    ],
+)
+def test_an_adapter_is_loaded_again_as_a_whole_or_not_at_all(
+    server: Server, tmp_path: Path, path: str, more: dict[str, Any]
+) -> None:
+    folder = tmp_path / "adapter"
+    make_adapter(folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+
+    def load(**fields: Any) -> requests.Response:
+        return control(server, path, lora_name="own", lora_path=str(folder), **more, **fields)
+
+    def write(scale: float) -> None:
+        # Trainers write the next one where the one before was.
+        scaled = {x: w * scale if "lora_B" in x else w for x, w in weights.items()}
+        save_file(scaled, folder / "adapter_model.safetensors")
+
+    def ids() -> list[int]:
+        return fresh(server, PROMPT, SHORT, model="own")
+
+    base = fresh(server, PROMPT, SHORT)
+    assert load().ok
+    try:
+        first = ids()
+        assert first != base and fresh(server, PROMPT, SHORT, lora_path="own") == first
+        running = Running(server, COMPLETIONS, {"model": "own"}, max_tokens=NUM_TOKENS)
+        running.wait_for(10)
+        assert control(server, "/pause", mode="keep", clear_cache=False).ok
+        write(-1.0)
+        assert load().ok
+        assert control(server, "/resume").ok
+        [(old, _)] = running.finish().values()
+        assert len(old) == NUM_TOKENS and old[:SHORT] == first
+        second = ids()
+        assert second not in (base, first)
+
+        (folder / "adapter_model.safetensors").write_bytes(b"cut off")
+        refused = load()
+        assert refused.status_code == 400 and "@" not in refused.text, refused.text
+        assert ids() == second
+        write(1.0)
+        assert load().ok
+        assert ids() == first
+
+        again = control(server, "/v1/load_lora_adapter", lora_name="own", lora_path=str(folder))
+        assert again.status_code == 400 and "load_inplace" in again.text
+        named = requests.get(f"{server.url}/v1/models", timeout=30).json()["data"]
+        assert [model["id"] for model in named][1:] == ["own"]
+    finally:
+        unloaded = control(server, "/unload_lora_adapter", lora_name="own")
+    assert unloaded.ok and unloaded.json()["loaded_adapters"] == {}
+    missing = control(server, "/v1/unload_lora_adapter", lora_name="own")
+    assert missing.status_code == 404 and missing.json()["error"]["type"] == "NotFoundError"
+    bad = control(server, "/v1/load_lora_adapter", lora_name="own")
+    assert bad.status_code == 400 and "lora_path" in bad.text
+    assert fresh(server, PROMPT, SHORT) == base
+
+
 @trainer_mode
 @pytest.mark.parametrize("mode", ["keep", "in_place", "retract", "abort", "wait"])
 def test_pause(server: Server, mode: str) -> None:
@@ -461,11 +550,26 @@ def test_pause(server: Server, mode: str) -> None:
     flushed = control(server, "/reset_prefix_cache")
     assert flushed.ok == (mode != "in_place"), flushed.text
 
-    # A request that comes in between waits.
-    waiting = Running(server, GENERATE, max_tokens=5)
-    waiting.thread.join(0.5)
-    assert waiting.thread.is_alive()
-    assert control(server, "/resume").json() == {"status": "resumed"}
+    if flushed.ok:
+        assert flushed.json() == {"success": True}
+
+    # A request that comes in between is refused as by vLLM, or waits.
+    if mode in ("abort", "wait"):
+        for path in GENERATES:
+            for body in (generate(max_tokens=5), {"stream": True}):
+                refused = control(server, path, **body)
+                assert refused.status_code == 503, (path, refused.text)
+                error = refused.json()["error"]
+                assert error["type"] == "ServiceUnavailableError" and error["code"] == 503
+                assert "/resume" in error["message"]
+        assert control(server, RENDER, messages=MESSAGES).ok
+        assert control(server, "/resume").json() == {"status": "resumed"}
+        waiting = Running(server, GENERATE, max_tokens=5)
+    else:
+        waiting = Running(server, GENERATE, max_tokens=5)
+        waiting.thread.join(0.5)
+        assert waiting.thread.is_alive()
+        assert control(server, "/resume").json() == {"status": "resumed"}
     assert not is_paused(server)
     [(ids, _)] = waiting.finish().values()
     assert len(ids) == 5
@@ -481,6 +585,24 @@ def test_pause(server: Server, mode: str) -> None:
         ("/pause", {"mode": "gently"}, ["mode", "keep", "clear_cache"]),
         ("/pause", {"modus": "keep"}, ["modus", "clear_cache"]),
         ("/pause", [1], ["JSON object"]),
+        ("/reset_prefix_cache", {"reset_running_requests": True}, ["reset_running_requests"]),
+        ("/sleep", {"level": 3}, ["level", "2"]),
+        ("/sleep", {"level": 1}, ["level 1", "--enable-memory-saver"]),
+        ("/sleep?level=2", None, ["level 2", "--enable-memory-saver"]),
+        ("/wake_up?tags=weights&tags=graphs", None, ["graphs", "kv_cache", "scheduling"]),
+        (RENDER, {"messages": 5}, ["messages"]),
+        (RENDER, [1], ["JSON object"]),
+        (RENDER, {"messages": MESSAGES, "ebnf": "root ::= 'a'"}, ["support", "ebnf"]),
+        (
+            RENDER,
+            {"messages": MESSAGES, "tools": [TOOL], "tool_choice": "required"},
+            ["support", "tool_choice"],
+        ),
+        (
+            RENDER,
+            {"messages": [{"role": "user", "content": [IMAGE]}]},
+            ["support", "image_url"],
+        ),
         ("/update_weights", {}, ["weight_dir", "/init_broadcaster"]),
         ("/update_weights", {"weight_dir": 5}, ["weight_dir", "string"]),
         ("/init_broadcaster", {"host": "localhost"}, ["port"]),
@@ -508,9 +630,11 @@ def test_bad_input_is_named(server: Server, path: str, body: Any, named: list[st
 
 @pytest.mark.parametrize("server", ["default"], indirect=True)
 def test_off_by_default(server: Server) -> None:
-    for path in ROUTES:
+    for path in [*ROUTES, *CLIENT_ROUTES]:
         assert requests.post(server.url + path, json={}, timeout=30).status_code == 404
-    assert requests.get(server.url + "/is_paused", timeout=30).status_code == 404
+    for path in ("/is_paused", "/is_sleeping", "/liveness", "/get_world_size"):
+        assert requests.get(server.url + path, timeout=30).status_code == 404
+    assert post(server, "/detokenize", {"tokens": PROMPT}).keys() == {"text"}
 
 
 @pytest.mark.parametrize("server", ["trainer_key"], indirect=True)
@@ -623,6 +747,7 @@ def wait_until_paused(server: Server) -> None:
         ({"Content-Type": "text/plain"}, "{}", 400),
         ({"Content-Type": "multipart/form-data; boundary=x"}, "", 400),
         ({}, "{}", 400),
+        ({"Content-Type": "application/octet-stream"}, "{}", 400),
         # The server answers the question of a browser whether it may send JSON by yes.
         ({"Content-Type": "application/json", "Origin": "http://web.page"}, "{}", 403),
         ({"Origin": "null"}, "", 403),
@@ -632,7 +757,7 @@ def wait_until_paused(server: Server) -> None:
 def test_a_web_page_cannot_post(
     server: Server, headers: dict[str, str], data: str, status: int
 ) -> None:
-    for path in ROUTES:
+    for path in [*ROUTES, "/finish_session"]:
         answer = requests.post(server.url + path, data=data, headers=headers, timeout=30)
         assert answer.status_code == status, (path, answer.text)
         named = "application/json" if status == 400 else "web page"
@@ -641,11 +766,19 @@ def test_a_web_page_cannot_post(
 
 
 @trainer_mode
-@pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=utf-8"])
-def test_json_may_be_posted(server: Server, content_type: str) -> None:
+@pytest.mark.parametrize(
+    ("content_type", "data"),
+    [
+        ("application/json", "{}"),
+        ("Application/JSON; charset=utf-8", "{}"),
+        # As aiohttp does.
+        ("application/octet-stream", ""),
+    ],
+)
+def test_json_may_be_posted(server: Server, content_type: str, data: str) -> None:
     headers = {"Content-Type": content_type}
     for path in ("/pause", "/resume"):
-        assert requests.post(server.url + path, data="{}", headers=headers, timeout=60).ok
+        assert requests.post(server.url + path, data=data, headers=headers, timeout=60).ok
 
 
 @trainer_mode
@@ -671,3 +804,89 @@ def test_errors_do_not_tell_what_the_file_system_has(server: Server, folder: Pat
     # The operator is told.
     assert f"weight_dir='{loop}': " in server.log_text()
     assert "there is no safetensors file in it" in server.log_text()
+
+
+@trainer_mode
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 16, "ignore_eos": True},
+        {"max_completion_tokens": 7, "seed": 5, "temperature": 0.5, "top_k": 20, "n": 2},
+        {"regex": "(ab|cd){8}", "max_tokens": 16, "logprobs": True, "top_logprobs": 2},
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "schema": {"enum": ["xyz"]}},
+            }
+        },
+        {"tools": [TOOL], "stop": ["a"], "max_tokens": 8, "logit_bias": {"70": 5.0}},
+    ],
+)
+def test_a_rendered_request_generates_what_chat_does(
+    server: Server, fields: dict[str, Any]
+) -> None:
+    body = chat({"temperature": 0, **fields})
+    rendered = post(server, RENDER, body)
+    assert rendered["return_token_ids"] is True and rendered["features"] is None
+    flush_cache(server.url)
+    expected = post(server, CHAT, body)
+    flush_cache(server.url)
+    answer = post(server, GENERATE, rendered)
+    assert rendered["token_ids"] == expected["prompt_token_ids"]
+    for choice, other in zip(answer["choices"], expected["choices"], strict=True):
+        assert choice["finish_reason"] == other["finish_reason"]
+        if "seed" not in fields:
+            assert choice["token_ids"] == other["token_ids"]
+    assert ("logprobs" in rendered["sampling_params"]) == ("logprobs" in fields)
+
+
+@trainer_mode
+def test_text_has_the_name_that_vllm_gives_it(server: Server) -> None:
+    # An id of the special tokens is first.
+    ids = [0, *PROMPT]
+    one = post(server, "/detokenize", {"model": "m", "tokens": ids})
+    assert one["prompt"].endswith(one["text"]) and one["prompt"] != one["text"] != ""
+    assert post(server, "/tokenize", {"prompt": one["prompt"]})["tokens"] == ids
+    many = post(server, "/v1/detokenize", {"model": "m", "tokens": [ids, PROMPT]})
+    assert many == {"text": [one["text"]] * 2, "prompt": [one["prompt"], one["text"]]}
+    assert post(server, "/detokenize", {"tokens": []}) == {"text": "", "prompt": ""}
+    assert control(server, "/detokenize", tokens="a").status_code == 400
+
+
+@trainer_mode
+def test_what_is_asked_of_a_server(server: Server) -> None:
+    def get(path: str) -> dict[str, Any]:
+        answer = requests.get(server.url + path, json={}, timeout=30)
+        assert answer.ok, answer.text
+        fields: dict[str, Any] = answer.json()
+        return fields
+
+    assert get("/liveness") == {"status": "ok"}
+    assert get("/get_world_size") == {"world_size": 1}
+    assert get("/is_sleeping") == {"is_sleeping": False}
+    finished = requests.post(f"{server.url}/finish_session?session_id=a", timeout=30)
+    assert finished.ok
+
+
+@two_ranks
+@pytest.mark.parametrize("server", ["trainer_tp", "trainer_dp"], indirect=True)
+def test_the_size_of_the_world(server: Server) -> None:
+    sizes = [
+        requests.get(f"{server.url}/get_world_size{query}", timeout=30).json()["world_size"]
+        for query in ("", "?include_dp=false")
+    ]
+    assert sizes == ([2, 2] if server.name == "trainer_tp" else [2, 1])
+
+
+@trainer_mode
+def test_a_sleep_that_only_pauses(server: Server) -> None:
+    running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+    running.wait_for(10)
+    answer = requests.post(f"{server.url}/sleep", params={"level": 0, "mode": "keep"}, timeout=60)
+    assert answer.json() == {"status": "sleeping", "level": 0}
+    assert is_paused(server)
+    woken = requests.post(f"{server.url}/wake_up", params={"tags": ["scheduling"]}, timeout=60)
+    assert woken.json() == {"status": "awake", "tags": ["scheduling"]}
+    assert not is_paused(server)
+    [(ids, _)] = running.finish().values()
+    assert len(ids) == NUM_TOKENS

@@ -66,6 +66,7 @@ TEST_WEIGHT_VERSIONS = "tests/test_weight_versions.py"
 ROUTES = "srt/entrypoints/trainer_routes.py"
 TRAINER_ROUTES = "tests/test_trainer_routes.py"
 VLLM_ROUTES = "srt/entrypoints/vllm_routes.py"
+WEIGHT_TRANSFER = "srt/entrypoints/weight_transfer.py"
 TRAINER_ADAPTERS = "srt/entrypoints/trainer_adapters.py"
 TRAINER_UPDATES = "srt/weight_sync/trainer_updates.py"
 
@@ -640,6 +641,27 @@ MUTANTS: dict[str, Mutant] = {
         "await self.manager_unload(UnloadLoRAAdapterReqInput(lora_name=spare))\n"
         "        task = asyncio.create_task(asyncio.sleep(0))",
         [TRAINER_ROUTES, "-k", "loaded_again"],
+    ),
+    "an-update-without-its-version": Mutant(
+        "C1",
+        WEIGHT_TRANSFER,
+        "if body.weight_version is not None:",
+        "if False:",
+        [TRAINER_ROUTES, "-k", "trainers_for_vllm"],
+    ),
+    "a-failed-update-goes-on": Mutant(
+        "C1",
+        WEIGHT_TRANSFER,
+        "        except HTTPException:\n            self.has_started = False\n",
+        "        except HTTPException:\n",
+        [TRAINER_ROUTES, "-k", "trainers_for_vllm"],
+    ),
+    "an-update-begins-twice": Mutant(
+        "C1",
+        WEIGHT_TRANSFER,
+        "        if self.has_started:",
+        "        if False:",
+        [TRAINER_ROUTES, "-k", "trainers_for_vllm"],
     ),
     "aiohttp-refused": Mutant(
         "C1",

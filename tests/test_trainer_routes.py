@@ -63,6 +63,10 @@ ROUTES = [
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/skyrl/v1/load_lora_adapter",
+    "/init_weight_transfer_engine",
+    "/start_weight_update",
+    "/finish_weight_update",
+    "/collective_rpc",
 ]
 # What clients of vLLM call beside them.
 CLIENT_ROUTES = ["/finish_session", "/v1/chat/completions/render"]
@@ -78,6 +82,7 @@ GENERATES = [
 ]
 RENDER = "/v1/chat/completions/render"
 MESSAGES = [{"role": "user", "content": "Say something, 日本語."}]
+INIT = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
 # Where BAD_PARAMETER is.
 SHARD = "model-2.safetensors"
@@ -603,6 +608,23 @@ def test_pause(server: Server, mode: str) -> None:
             {"messages": [{"role": "user", "content": [IMAGE]}]},
             ["support", "image_url"],
         ),
+        ("/init_weight_transfer_engine", {}, ["init_info"]),
+        ("/init_weight_transfer_engine", {"init_info": INIT | {"rank_offset": 2}}, ["from 2 on"]),
+        (
+            "/init_weight_transfer_engine",
+            {"init_info": INIT | {"nccl_unique_id_b64": "aaaa"}},
+            ["init_info.nccl_unique_id_b64"],
+        ),
+        ("/start_weight_update", {}, ["No trainer", "/init_weight_transfer_engine"]),
+        ("/finish_weight_update", {}, ["No update"]),
+        ("/update_weights", {"update_info": {}}, ["No trainer"]),
+        ("/update_weights", {"update_info": [{}]}, ["update_info"]),
+        ("/update_weights", {"update_info": {"names": ["a"]}}, ["differ in length"]),
+        ("/update_weights", {"update_info": {"ipc_handles_pickled": "a"}}, ["ipc_handles_pickled"]),
+        ("/update_weights", {"update_info": {}, "weight_dir": "/a"}, ["update_info"]),
+        ("/collective_rpc", {"method": "update_weights_ipc"}, ["update_weights_ipc", "pickle"]),
+        ("/collective_rpc", {"method": "shutdown"}, ["shutdown", "update_weights_nccl"]),
+        ("/collective_rpc", {"method": "update_weights_nccl"}, ["has to come before"]),
         ("/update_weights", {}, ["weight_dir", "/init_broadcaster"]),
         ("/update_weights", {"weight_dir": 5}, ["weight_dir", "string"]),
         ("/init_broadcaster", {"host": "localhost"}, ["port"]),
@@ -620,8 +642,8 @@ def test_pause(server: Server, mode: str) -> None:
     ],
 )
 def test_bad_input_is_named(server: Server, path: str, body: Any, named: list[str]) -> None:
-    if path == "/update_weights":
-        control(server, path)
+    # A trainer that is gone may still have joined.
+    control(server, "/update_weights")
     answer = requests.post(server.url + path, json=body, timeout=30)
     assert answer.status_code == 400
     assert all(part in answer.text for part in named), answer.text
@@ -890,3 +912,83 @@ def test_a_sleep_that_only_pauses(server: Server) -> None:
     assert not is_paused(server)
     [(ids, _)] = running.finish().values()
     assert len(ids) == NUM_TOKENS
+
+
+def join_as_vllm(server: Server) -> Trainer:
+    """Start a trainer and have a server join it, as trainers for vLLM do."""
+    trainer = Trainer(world_size=1)
+    info = INIT | {"master_port": trainer.port, "packed": True, "packed_num_buffers": 2}
+    answer = control(server, "/init_weight_transfer_engine", init_info=info)
+    assert answer.ok, answer.text
+    assert answer.json() == {"message": "Weight transfer initialized"}
+    return trainer
+
+
+def metadata(seed: int) -> dict[str, Any]:
+    """What vLLM is told of the weights."""
+    weights = load_file(tiny_model_path(seed) / "model.safetensors")
+    return {
+        "names": list(weights),
+        "dtype_names": [str(x.dtype).removeprefix("torch.") for x in weights.values()],
+        "shapes": [list(x.shape) for x in weights.values()],
+        "packed": True,
+    }
+
+
+@trainer_mode
+def test_an_update_as_trainers_for_vllm_do_it(
+    server: Server, by_seed: dict[int, list[int]]
+) -> None:
+    trainer = join_as_vllm(server)
+    try:
+        running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+        running.wait_for(10)
+        assert control(server, "/pause", mode="keep").ok
+        assert control(server, "/start_weight_update").json()["message"] == "Weight update started"
+        twice = control(server, "/start_weight_update")
+        assert twice.status_code == 400 and "/finish_weight_update" in twice.text
+        trainer.send(1)
+        answer = control(server, "/update_weights", update_info=metadata(1))
+        assert answer.ok and answer.json() == {"message": "Weights updated"}, answer.text
+        answer = control(server, "/finish_weight_update", weight_version="7")
+        assert answer.json() == {"message": "Weight update finished"}
+        assert is_paused(server)
+        assert control(server, "/resume").ok
+        [(ids, spans)] = running.finish().values()
+        assert len(ids) == NUM_TOKENS
+        check_versions(spans, "default", "7")
+        assert fresh(server, PROMPT, SHORT) == by_seed[1]
+
+        # A bad one ends the update, and the trainer is still there.
+        assert control(server, "/start_weight_update").ok
+        trainer.send(2, "wrong_shape")
+        bad = control(server, "/update_weights", update_info={})
+        assert bad.status_code == 400 and f"{BAD_PARAMETER} has the shape" in bad.text
+        assert control(server, "/finish_weight_update").status_code == 400
+        assert fresh(server, PROMPT, SHORT) == by_seed[1]
+        trainer.send(2)
+        assert control(server, "/update_weights", update_info={}).ok
+        assert fresh(server, PROMPT, SHORT) == by_seed[2]
+    finally:
+        trainer.stop()
+
+
+@trainer_mode
+def test_an_update_as_skyrl_does_it(server: Server, by_seed: dict[int, list[int]]) -> None:
+    trainer = join_as_vllm(server)
+
+    def call(method: str, **kwargs: Any) -> requests.Response:
+        return control(server, "/collective_rpc", method=method, kwargs=kwargs)
+
+    try:
+        kernel = call("skyrl_start_weight_update", is_checkpoint_format=False)
+        assert kernel.status_code == 400 and "is_checkpoint_format" in kernel.text
+        assert call("skyrl_start_weight_update", is_checkpoint_format=True).ok
+        trainer.send(1)
+        answer = call("update_weights_nccl", update_info=metadata(1))
+        assert answer.ok, answer.text
+        assert call("skyrl_finish_weight_update").ok
+        assert call("skyrl_finish_weight_update").status_code == 400
+        assert fresh(server, PROMPT, SHORT) == by_seed[1]
+    finally:
+        trainer.stop()

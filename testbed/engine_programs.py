@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Comes before what a program observes, on a line of its own.
 MARK = "observed: "
-PROGRAM_TIMEOUT_S = 500.0
+PROGRAM_TIMEOUT_S = 300.0
 # By when a call has to have raised whose engine is dead.
 DEAD_S = 20.0
 PROMPT = [10, 20, 30, 40]

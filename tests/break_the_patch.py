@@ -1134,15 +1134,6 @@ MUTANTS: dict[str, Mutant] = {
         "for future in waiting[:0]:",
         [TEST_ENGINE, "-k", "dead_scheduler"],
     ),
-    "socket-closed-under-a-call": Mutant(
-        "engine",
-        ENGINE_CALLS,
-        "_RpcSocket(self.send_to_rpc, self.engine_processes)",
-        "self.send_to_rpc",
-        [TEST_ENGINE, "-k", "another_engine_follows"],
-        # Its shutdown leaves the socket open.
-        lacking=("v0.5.9",),
-    ),
     "dead-engine-takes-calls": Mutant(
         "engine",
         PROCESSES,

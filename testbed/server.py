@@ -205,6 +205,10 @@ MODES: dict[str, Mode] = {
         ),
     ),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
+    # The transfer is a fake: there is no server for the prefill.
+    "disaggregated": Mode(
+        ("--disaggregation-mode=decode", "--disaggregation-transfer-backend=fake"),
+    ),
     "id_names": Mode((INCREMENTAL, "--return-input-ids", "--return-output-ids")),
     "processors": Mode(
         (

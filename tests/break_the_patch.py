@@ -58,6 +58,7 @@ PROMPT_IDS = "srt/entrypoints/openai/prompt_ids.py"
 TEST_PROMPT_IDS = "tests/test_prompt_ids.py"
 TOKENS = "srt/entrypoints/openai/serving_tokens.py"
 TOKENS_IN_OUT = "tests/test_tokens_in_out.py"
+STOP_TOKEN_IDS = "srt/sampling/stop_token_ids.py"
 ALL_OR_NOTHING = "srt/weight_sync/all_or_nothing.py"
 BROADCAST = "srt/weight_sync/broadcast.py"
 TEST_ALL_OR_NOTHING = "tests/test_all_or_nothing.py"
@@ -367,6 +368,62 @@ MUTANTS: dict[str, Mutant] = {
         "state.output_token_logprobs[position]",
         "state.output_token_logprobs[max(position - 1, 0)]",
         [TOKENS_IN_OUT, "-k", "those_of_completions"],
+    ),
+    "prompt-logprobs-one-too-many": Mutant(
+        "C5",
+        TOKENS,
+        "_rank(token, top[:num_top]) if token[0]",
+        "_rank(token, top[: num_top + 1]) if token[0]",
+        [TOKENS_IN_OUT, "-k", "prompt_logprobs_beside_others"],
+    ),
+    "prompt-logprobs-from-the-cache": Mutant(
+        "C5",
+        TOKENS,
+        "logprob_start_len=-1 if num_prompt_logprobs is None else 0",
+        "logprob_start_len=-1",
+        [TOKENS_IN_OUT, "-k", "as_prime_rl_asks"],
+    ),
+    "top-logprobs-cut": Mutant(
+        "C5",
+        TOKENS,
+        "text, own_rank), *others]",
+        "text, own_rank), *others[: len(top) - 1]]",
+        [TOKENS_IN_OUT, "-k", "top_logprobs_are_not_cut"],
+    ),
+    "generate-text-twice": Mutant(
+        "C3",
+        TOKENS,
+        "            self._num_sent_chars[index] = len(text)\n",
+        "",
+        [TOKENS_IN_OUT, "-k", "text_beside_ids and default"],
+    ),
+    "generate-ignores-stop-token-ids": Mutant(
+        "C1",
+        STOP_TOKEN_IDS,
+        "if token_id in params.stop_token_ids:",
+        "if False:",
+        [TOKENS_IN_OUT, "-k", "beside_ignore_eos"],
+    ),
+    "stop-token-ids-of-stock": Mutant(
+        "C8",
+        STOP_TOKEN_IDS,
+        "if not (params.custom_params or {}).get(_KEY):",
+        "if not params.stop_token_ids:",
+        [TOKENS_IN_OUT, "-k", "beside_ignore_eos"],
+    ),
+    "interval-of-the-request-alone": Mutant(
+        "C1",
+        TOKENS,
+        "sampling_params.stream_interval, server_args.stream_interval",
+        "sampling_params.stream_interval, 1",
+        [TOKENS_IN_OUT, "-k", "interval_of_a_request"],
+    ),
+    "any-replica": Mutant(
+        "C1",
+        TOKENS,
+        "        return rank\n",
+        "        return 0\n",
+        [TOKENS_IN_OUT, "-k", "data_parallel_rank"],
     ),
     "version-one-token-early": Mutant(
         "C1",

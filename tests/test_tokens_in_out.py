@@ -12,8 +12,8 @@ import requests
 
 from testbed import client
 from testbed.client import CHAT, COMPLETIONS, GENERATE, PROMPT, generate, post
-from testbed.release import SERIES, UPSTREAM
-from testbed.server import Server
+from testbed.release import NUMBER, SERIES, UPSTREAM
+from testbed.server import ON_GPU, Server
 from testbed.tiny_model import load_tokenizer, tiny_model_path
 
 pytestmark = pytest.mark.skipif(
@@ -278,6 +278,13 @@ def test_prefill_logprobs_as_prime_rl_asks(server: Server) -> None:
 
 
 @default
+def test_models_say_the_length_of_the_context(server: Server) -> None:
+    """Stock says it; prime-rl bounds its rollouts by it."""
+    [card] = requests.get(server.url + "/v1/models", timeout=60).json()["data"]
+    assert card["max_model_len"] == 4096
+
+
+@default
 def test_top_logprobs_are_not_cut(server: Server) -> None:
     """The sampled token first, then as many as are asked for, itself not repeated."""
     body = generate(temperature=1, logprobs=2, max_tokens=100)
@@ -362,6 +369,24 @@ def test_stream_interval_of_a_request(server: Server) -> None:
         # The first comes at once, and what queued up comes together.
         assert lengths[0] == 1 or interval == 1
         assert all(length >= interval for length in lengths[1:-1])
+
+
+@pytest.mark.skipif(
+    NUMBER >= (0, 5, 23) and not ON_GPU,
+    reason=f"a server of {UPSTREAM} that decodes alone pins memory, which takes a GPU",
+)
+@pytest.mark.parametrize("server", ["disaggregated"], indirect=True)
+@pytest.mark.parametrize("n", [1, 2])
+def test_kv_transfer_params(server: Server, n: int) -> None:
+    """SGLang's own, since vLLM's are what its connectors make of them."""
+    # The address that stock has for transfers that are fakes.
+    params = {"bootstrap_host": "2.2.2.2", "bootstrap_port": 8998, "bootstrap_room": 7}
+    body = {**generate(n=n), "kv_transfer_params": params}
+    whole = post(server, GENERATE, body)
+    assert whole["kv_transfer_params"] == params
+    streamed = join(stream(server, body))
+    for choice in (*whole["choices"], *streamed.values()):
+        assert len(choice["token_ids"]) == 16
 
 
 @pytest.mark.parametrize("server", ["trainer_dp"], indirect=True)

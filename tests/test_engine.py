@@ -61,7 +61,8 @@ def test_the_tokenizer_manager_can_be_awaited(overlap: bool) -> None:
 
 def test_scores() -> None:
     first, second = program("calls")["score"]
-    assert first == second
+    # The batches are not the same.
+    assert first == [pytest.approx(scores, rel=0.01) for scores in second]
     assert [len(scores) for scores in first] == [2, 2]
 
 

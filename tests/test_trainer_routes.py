@@ -523,10 +523,10 @@ def test_an_adapter_is_loaded_again_as_a_whole_or_not_at_all(
         again = control(server, "/v1/load_lora_adapter", lora_name="own", lora_path=str(folder))
         assert again.status_code == 400 and "load_inplace" in again.text
         named = requests.get(f"{server.url}/v1/models", timeout=30).json()["data"]
-        assert [model["id"] for model in named][1:] == ["own"]
+        assert "own" in [model["id"] for model in named]
     finally:
         unloaded = control(server, "/unload_lora_adapter", lora_name="own")
-    assert unloaded.ok and unloaded.json()["loaded_adapters"] == {}
+    assert unloaded.ok and "own" not in unloaded.json()["loaded_adapters"]
     missing = control(server, "/v1/unload_lora_adapter", lora_name="own")
     assert missing.status_code == 404 and missing.json()["error"]["type"] == "NotFoundError"
     bad = control(server, "/v1/load_lora_adapter", lora_name="own")

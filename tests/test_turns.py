@@ -542,7 +542,7 @@ def test_the_turns_that_are_kept_are_bounded(talk: Talk) -> None:
     assert kept == [True, True, False, False, False]
     turns = _kept_turns[talk.serving.handlers.manager]
     assert len(turns._turns) == 3
-    assert sum(map(len, turns._ending.values())) == 3
+    assert sum(map(len, turns._by_key.values())) == 3
     assert turns._having.total() == sum(len(turn.digests) for turn in turns._turns.values())
 
 

@@ -860,6 +860,8 @@ def test_a_rendered_request_generates_what_chat_does(
         if "seed" not in fields:
             assert choice["token_ids"] == other["token_ids"]
     assert ("logprobs" in rendered["sampling_params"]) == ("logprobs" in fields)
+    limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
+    assert rendered["sampling_params"].get("max_tokens") == limit
 
 
 @trainer_mode

@@ -56,6 +56,7 @@ def load(
     **fields: Any,
 ) -> tuple[bool, str]:
     """Have `model` load a weight by `loads`."""
+    import torch
 
     def load_weights(weights: Iterable[tuple[str, Any]]) -> None:
         for _ in weights:
@@ -63,7 +64,8 @@ def load(
 
     model.load_weights = load_weights
     updater = make_updater(model, **fields)
-    answer: tuple[bool, str] = updater._load_or_undo(error, [("weight", None)], lambda: flush_error)
+    weights = [("weight", torch.empty(1))]
+    answer: tuple[bool, str] = updater._load_or_undo(error, weights, lambda: flush_error)
     return answer
 
 

@@ -184,15 +184,17 @@ def pytest_terminal_summary(
             terminalreporter.write_line(line)
     if config.option.store_results:
         ran = {item.path for item in config.stash[COLLECTED]}
+        is_short = config.option.markexpr == SHORT and not config.option.keyword
         is_whole = ran.issuperset((ROOT / "tests").glob("test_*.py"))
-        is_whole = is_whole and not terminalreporter.stats.get("deselected")
+        is_whole = is_whole and (is_short or not terminalreporter.stats.get("deselected"))
         if exitstatus not in (0, 1) or not (is_whole or ON_GPU):
             terminalreporter.write_line("no results stored: not all tests ran")
             return
         date = datetime.date.today().isoformat()
         capabilities = {name: outcomes[name] for name in CAPABILITIES if name in outcomes}
         device = "GPU" if ON_GPU else "CPU"
-        result = Result(UPSTREAM, config.stash[SERIES], device, date, capabilities)
+        tests = "some" if ON_GPU else "main" if is_short else "all"
+        result = Result(UPSTREAM, config.stash[SERIES], device, date, capabilities, tests)
         path = path_of(UPSTREAM, device)
         path.parent.mkdir(exist_ok=True)
         path.write_text(result.to_json())

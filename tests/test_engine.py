@@ -237,6 +237,7 @@ def test_the_engine_that_refuses_ends(overlap: bool) -> None:
     check_end(program("refuses", overlap))
 
 
+@pytest.mark.full
 def test_in_an_actor() -> None:
     """In an asynchronous actor of Ray, and in one with threads."""
     observed = program("ray_actors", spawns=True)

@@ -14,12 +14,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import shutil
 from pathlib import Path
 
 from testbed.chat_shapes import SHAPES, Shape
-from testbed.tiny_model import MODELS, make
+from testbed.tiny_model import MODELS, make, make_once
 
 Replies = tuple[tuple[str, ...], ...]
 QWEN3 = SHAPES["qwen3"]
@@ -78,19 +76,14 @@ def chained_model_path(replies: Replies) -> Path:
     )
     assert shape.template != QWEN3.template and len(replies) <= len(STARTS)
     digest = hashlib.sha256(repr((shape.template, replies)).encode()).hexdigest()
-    path = MODELS / f"tiny-chained-{digest[:8]}"
-    if not path.exists():
-        unfinished = path.with_name(f"tiny-{os.getpid()}")
+
+    def make_it(unfinished: Path) -> None:
         said = [token for reply in replies for token in reply]
         joined = [a + b for reply in replies for a, b in itertools.pairwise(reply)]
         make(unfinished, 0, [*QWEN3.tokens, *said, *joined], shape)
         _chain(unfinished, replies, QWEN3.stop_tokens[0])
-        try:
-            unfinished.rename(path)
-        except OSError:
-            # Another process has been faster.
-            shutil.rmtree(unfinished)
-    return path
+
+    return make_once(MODELS / f"tiny-chained-{digest[:8]}", make_it)
 
 
 def sampled_ids(replies: Replies) -> list[list[int]]:

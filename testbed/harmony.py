@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from testbed.tiny_model import CONTEXT_LENGTH, MODELS, tiny_model_path
+from testbed.tiny_model import CONTEXT_LENGTH, MODELS, make_once, tiny_model_path
 from tools.common import BUILD, ToolError, run_pip, say, sha256_of
 
 # What openai-harmony looks for, and where.
@@ -102,16 +102,7 @@ def harmony_model_path() -> Path:
     """
     fetch_vocabulary()
     digest = hashlib.sha256(repr(FOLLOWING).encode()).hexdigest()
-    path = MODELS / f"tiny-harmony-{digest[:8]}"
-    if not path.exists():
-        unfinished = path.with_name(f"tiny-{os.getpid()}")
-        _make(unfinished)
-        try:
-            unfinished.rename(path)
-        except OSError:
-            # Another process has been faster.
-            shutil.rmtree(unfinished)
-    return path
+    return make_once(MODELS / f"tiny-harmony-{digest[:8]}", _make)
 
 
 def _make(path: Path) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,24 @@ def tiny_model_path(
     path = MODELS / ("tiny" + ("-qwen3" if qwen else "") + (f"-seed-{seed}" if seed else ""))
     if without_weights:
         path = path.with_name(f"{path.name}-no-weights")
-    if not path.exists():
-        unfinished = path.with_name(f"tiny-{os.getpid()}")
+
+    def make_it(unfinished: Path) -> None:
         make(unfinished, seed, [*QWEN_TOKENS, CALL, CALL_WITH_TAGS] if qwen else [])
         if without_weights:
             (unfinished / "model.safetensors").unlink()
+
+    return make_once(path, make_it)
+
+
+def make_once(path: Path, make_it: Callable[[Path], None]) -> Path:
+    """Return the folder of a model, and have it made if there is none, whole or not at all.
+
+    Args:
+        make_it: Makes the model in the folder that it is given.
+    """
+    if not path.exists():
+        unfinished = path.with_name(f"tiny-{os.getpid()}")
+        make_it(unfinished)
         try:
             unfinished.rename(path)
         except OSError:
@@ -95,14 +109,7 @@ def _shaped_model_path(name: str) -> Path:
     # Another template is another model.
     digest = hashlib.sha256(repr(dataclasses.replace(shape, say=str)).encode()).hexdigest()
     path = MODELS / f"tiny-{name}-{digest[:8]}"
-    if not path.exists():
-        unfinished = path.with_name(f"tiny-{os.getpid()}")
-        make(unfinished, 0, list(shape.tokens), shape)
-        try:
-            unfinished.rename(path)
-        except OSError:
-            shutil.rmtree(unfinished)
-    return path
+    return make_once(path, lambda unfinished: make(unfinished, 0, list(shape.tokens), shape))
 
 
 @functools.lru_cache

@@ -69,6 +69,17 @@ def test_a_changed_patch_makes_a_result_old(tested: Path) -> None:
     assert f"make test-full UPSTREAM={UPSTREAM}" in err
 
 
+def test_what_a_gpu_saw_may_be_older(tested: Path) -> None:
+    [cpu] = (tested / "docs" / "compatibility").iterdir()
+    cpu.write_text(cpu.read_text().replace('"CPU"', '"GPU"'))
+    cpu.rename(cpu.with_name(f"{UPSTREAM}-gpu.json"))
+    with series_patches(tested)[0].open("a") as patch:
+        patch.write("# changed\n")
+    assert tool(tested, "compatibility") == (0, "", "")
+    assert tool(tested, "compatibility", "--check") == (0, "", "")
+    assert "✓" not in (tested / "README.md").read_text()
+
+
 def test_an_edited_page_is_noticed(tested: Path) -> None:
     edit(tested / "README.md", "✓", "")
     status, _, err = tool(tested, "compatibility", "--check")

@@ -284,11 +284,22 @@ def calls() -> None:
     async def async_generate() -> Any:
         return ids_of(await engine.async_generate(input_ids=PROMPT, sampling_params=SHORT))
 
-    async def async_stream() -> Any:
+    async def chunks(pause_s: float = 0.0) -> Any:
         answer: Any = await engine.async_generate(
             input_ids=PROMPT, sampling_params=SHORT, stream=True
         )
-        return whole([chunk async for chunk in answer])
+        async for chunk in answer:
+            yield chunk
+            await asyncio.sleep(pause_s)
+
+    async def async_stream(pause_s: float = 0.0) -> Any:
+        return whole([chunk async for chunk in chunks(pause_s)])
+
+    async def left_stream() -> Any:
+        async with contextlib.aclosing(chunks()) as left:
+            async for _ in left:
+                break
+        return await async_stream()
 
     def stream() -> Any:
         answer: Any = engine.generate(input_ids=PROMPT, sampling_params=SHORT, stream=True)
@@ -340,6 +351,8 @@ def calls() -> None:
         ),
         "a stream": stream,
         "an asynchronous stream": lambda: asyncio.run(async_stream()),
+        "a stream read slowly": lambda: asyncio.run(async_stream(pause_s=0.3)),
+        "after a stream was left": lambda: asyncio.run(left_stream()),
         "the manager": lambda: asyncio.run(by_the_manager()),
         "after one was cancelled": lambda: asyncio.run(cancelled()),
         "a call that blocks a loop": lambda: asyncio.run(waits_for_itself()),

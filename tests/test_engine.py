@@ -41,6 +41,8 @@ def check_end(observed: Observed) -> None:
         ("loops and threads", 4),
         ("a stream", 0),
         ("an asynchronous stream", 0),
+        ("a stream read slowly", 0),
+        ("after a stream was left", 0),
         ("after one was cancelled", 0),
         ("a call that blocks a loop", 0),
     ],

@@ -1177,6 +1177,14 @@ MUTANTS: dict[str, Mutant] = {
         "for source in (*(",
         [TEST_LOGITS, "-k", "packages_register"],
     ),
+    "generation-prompt-added-anyway": Mutant(
+        "turns",
+        "srt/entrypoints/openai/kept_turns.py",
+        "*args, **{**kwargs, name: False}",
+        "*args, **kwargs",
+        ["tests/test_turns.py", "-k", "as_they_are"],
+        lacking=("v0.5.23",),
+    ),
     "processes-end-with-a-thread": Mutant(
         "engine",
         PROCESSES,
@@ -1239,6 +1247,13 @@ MUTANTS: dict[str, Mutant] = {
         "_as_of_now(value) if isinstance(value, (list, dict)) else value",
         "value",
         [TEST_ENGINE, "-k", "anywhere and stream and not overlap"],
+    ),
+    "who-is-behind-gets-no-more": Mutant(
+        "engine",
+        ENGINE_CALLS,
+        "if room is not None:",
+        "if False:",
+        [TEST_ENGINE, "-k", "anywhere and slowly and not overlap"],
     ),
     "ids-outside-of-the-vocabulary": Mutant(
         "engine",

@@ -31,6 +31,7 @@ needs_vllm = pytest.mark.skipif(
 TRAIN = ("verifiers_train.py", "new", GENERATE)
 GATEWAY = ("agentcore_gateway.py", "new", GENERATE)
 LEGACY = ("verifiers_legacy.py", "old", CHAT)
+LIST_IN_METADATA = f"stock {UPSTREAM} has a list in metadata, which the models of openai refuse"
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +134,25 @@ clients = pytest.mark.parametrize("client", CHECKS, ids=lambda client: client[0]
 @clients
 def test_rollout(client: tuple[str, str, str], sglang_url: str) -> None:
     if client == LEGACY and STOCK_TRACKS_VERSIONS:
-        pytest.skip(f"stock {UPSTREAM} has a list in metadata, which the models of openai refuse")
+        pytest.skip(LIST_IN_METADATA)
     CHECKS[client](*rollout(client, sglang_url))
+
+
+@pytest.mark.clause("C1", "C2", "C5")
+@pytest.mark.skipif(STOCK_TRACKS_VERSIONS, reason=LIST_IN_METADATA)
+def test_rollout_by_tokens(sglang_url: str) -> None:
+    """`verifiers` 0.3.1 renders what follows a turn by `/tokenize`, and sends ids."""
+    script, environment, _ = LEGACY
+    with RecordingProxy(sglang_url) as proxy:
+        arguments = (tiny_model_path(qwen=True), call_ids(), "tokens")
+        result = run_client(environment, script, proxy.url, *arguments)
+    paths = [exchange.path for exchange in proxy.exchanges]
+    rendered = ["/tokenize", "/tokenize"]
+    assert paths == [CHAT, *[*rendered, f"{CHAT}/tokens"] * 2]
+    turns = [turn["tokens"] for turn in result["turns"]]
+    for turn, following in zip(turns, turns[1:]):
+        start = turn["prompt_ids"] + turn["completion_ids"]
+        assert following["prompt_ids"][: len(start)] == start
 
 
 @pytest.mark.clause("C1", "C2", "C5")

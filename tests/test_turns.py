@@ -412,6 +412,24 @@ def test_a_final_message_goes_on_from_its_ids(asked: Asked) -> None:
 
 
 @ONE_SHAPE
+def test_messages_are_tokenized_as_they_are(asked: Asked) -> None:
+    """`/tokenize` leaves out what makes the model speak, also behind a message of its own."""
+    tokenizer = load_tokenizer(shape=shape_of(asked.server))
+    body: dict[str, Any] = {"model": "m", "add_generation_prompt": False}
+    body["chat_template_kwargs"] = {"enable_thinking": False}
+    messages = [asked.messages[i] for i in (0, 1, 4, 5)]
+    for end in (2, 3, 4):
+        expected = tokenizer.apply_chat_template(
+            messages[:end], return_dict=False, enable_thinking=False
+        )
+        tokenized = post(asked.server, "/tokenize", {**body, "messages": messages[:end]})
+        assert tokenized["tokens"] == expected
+    body |= {"messages": messages, "add_generation_prompt": "neither"}
+    refused = control(asked.server, "/tokenize", **body)
+    assert refused.status_code == 400 and "add_generation_prompt" in refused.text
+
+
+@ONE_SHAPE
 def test_kept_turns_are_their_owners_alone(server: Server) -> None:
     keyed = {"Authorization": "Bearer one"}
     asked = Asked(server, cache_salt="salt")

@@ -50,14 +50,14 @@ def codex_command() -> list[Path]:
     ]
 
 
-def run_client(environment: str, script: str, url: str, model: Path, argument: str) -> Any:
+def run_client(environment: str, script: str, url: str, model: Path, *arguments: str) -> Any:
     """Run a script of this folder against a server and return what it prints.
 
     Args:
         model: The folder of the model that the server has.
     """
     result = subprocess.run(
-        [client_python(environment), CLIENTS / script, url, model, argument],
+        [client_python(environment), CLIENTS / script, url, model, *arguments],
         env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "PRIME_API_KEY": "none"},
         capture_output=True,
         text=True,

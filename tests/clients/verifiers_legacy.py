@@ -1,9 +1,10 @@
-"""Turns with a tool by the chat client of `verifiers` 0.3.1, the newest that reads ids there.
+"""Turns with a tool by the clients of `verifiers` 0.3.1, the newest that reads ids of chat.
 
-    python verifiers_legacy.py URL TOKENIZER CALL
+    python verifiers_legacy.py URL TOKENIZER CALL [tokens]
 
-All answers are the tool call with the token ids CALL but the last, which is cut short.
-Prints the tokens of each turn.
+With `tokens`, the prompt of a turn is the ids of the one before and those of what follows, which
+it has rendered by `/tokenize`. All answers are the tool call with the token ids CALL but the last,
+which is cut short. Prints the tokens of each turn.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import sys
 from typing import Any
 
 from verifiers.legacy.clients.openai_chat_completions_client import OpenAIChatCompletionsClient
+from verifiers.legacy.clients.openai_chat_completions_token_client import (
+    OpenAIChatCompletionsTokenClient,
+)
 from verifiers.legacy.types import ClientConfig, Tool, ToolMessage, UserMessage
 
 TURNS = 3
@@ -25,11 +29,13 @@ TOOL = Tool(
 
 
 async def main() -> None:
-    url, _, call = sys.argv[1:]
+    url, _, call, *by_tokens = sys.argv[1:]
     # In this order, since a token that was sampled loses the bias.
     bias = {token_id: 100 - i for i, token_id in enumerate(call.split(","))}
     forced = {"logit_bias": bias, "presence_penalty": 2, "frequency_penalty": 2}
-    client = OpenAIChatCompletionsClient(ClientConfig(api_base_url=f"{url}/v1"))
+    kind = OpenAIChatCompletionsTokenClient if by_tokens else OpenAIChatCompletionsClient
+    client = kind(ClientConfig(api_base_url=f"{url}/v1"))
+    state: Any = {"model": "m", "trajectory": []}
     messages: list[Any] = [UserMessage(content="Weather?")]
     turns = []
     for number in range(TURNS):
@@ -38,10 +44,19 @@ async def main() -> None:
         # As its environments ask.
         extra_body = {"return_token_ids": True, **params.pop("extra_body", {})}
         sampling = {"temperature": 0, "logprobs": True, "extra_body": extra_body, **params}
-        response = await client.get_response(messages, "m", sampling, [TOOL])
+        response = await client.get_response(messages, "m", sampling, [TOOL], state=state)
+        tokens = response.message.tokens and response.message.tokens.model_dump()
+        state["trajectory"].append(
+            {
+                "prompt": list(messages),
+                "completion": [response.message],
+                "tokens": tokens,
+                "response": response,
+            }
+        )
         turns.append(
             {
-                "tokens": response.message.tokens and response.message.tokens.model_dump(),
+                "tokens": tokens,
                 "finish_reason": response.message.finish_reason,
                 "is_truncated": response.message.is_truncated,
                 "tool_calls": len(response.message.tool_calls or []),

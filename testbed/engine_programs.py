@@ -701,7 +701,7 @@ def refuses() -> None:
     first = next(iter(weights))
     for case, changed in tensors.items():
         # Nothing is loaded of what comes before it either.
-        changed = {**changed, first: changed[first] + 1}
+        changed = {**changed, first: -changed[first]}
         result = update_from(engine, changed)
         still_says(f"a tensor of {case}", result)
     unknown = {**weights, "no.such.weight": weights[name]}

@@ -21,7 +21,7 @@ from testbed.chat_shapes import SHAPES
 from testbed.forks import ForkedModule
 from testbed.harmony import ENCODINGS_BASE, FOLDER, HARMONY_VOCAB_SIZE, harmony_model_path
 from testbed.release import NUMBER, ROOT, STOCK, UPSTREAM
-from testbed.tiny_model import tiny_model_path
+from testbed.tiny_model import moe_model_path, tiny_model_path
 from tools.verify import kill_group, reserve_port
 
 START_TIMEOUT_S = 600.0
@@ -119,6 +119,7 @@ class Mode:
         shape: Which of `SHAPES` the model has.
         replies: What the model says, instead of anything at random (`chained_model`).
         speaks_harmony: Whether the model is taken for gpt-oss (`harmony`).
+        moe: Whether the model is one of experts.
     """
 
     flags: tuple[str, ...] = ()
@@ -131,6 +132,7 @@ class Mode:
     shape: str = ""
     replies: Replies = ()
     speaks_harmony: bool = False
+    moe: bool = False
 
 
 # Tests come in this order, so those that are compared with stock are next to it.
@@ -220,6 +222,12 @@ MODES: dict[str, Mode] = {
         overlap=True,
     ),
     "qwen": Mode(qwen=True),
+    "experts": Mode(("--enable-return-routed-experts",), moe=True),
+    "experts_overlap": Mode(
+        ("--enable-return-routed-experts", INCREMENTAL, "--stream-interval=3"),
+        overlap=True,
+        moe=True,
+    ),
 }
 for _name, _shape in SHAPES.items():
     _flags = [f"--tool-call-parser={_shape.tool_call_parser}"]
@@ -336,6 +344,8 @@ class Server:
         mode = MODES[name]
         if mode.speaks_harmony:
             model = harmony_model_path()
+        elif mode.moe:
+            model = moe_model_path()
         elif mode.replies:
             model = chained_model_path(mode.replies)
         else:

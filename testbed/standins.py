@@ -9,8 +9,9 @@ too long, and only in the test environment. Nothing of it is in the wheel.
 - `torchaudio` has no CPU build. SGLang 0.5.23 imports it.
 - `torchvision` has no CPU build either: its Python part imports once the schemas of two
   operators are defined that its library would define.
-- Memory can only be pinned for a GPU. LoRA adapters pin some on any device, and SGLang
-  0.5.12 for log-probabilities of prompts.
+- Memory can only be pinned for a GPU, or registered with it. LoRA adapters pin some on any
+  device, SGLang 0.5.12 for log-probabilities of prompts, and the capture of routed experts
+  in all releases.
 - uvicorn ends a worker that does not answer within 5 s, again and again where it takes
   longer to import SGLang, as it does on two busy cores.
 - With TEST_FORK=1 a server forks its scheduler and detokenizer. It otherwise spawns them,
@@ -129,6 +130,8 @@ def ignore_pin_memory() -> None:
         setattr(torch, name, unpinned(getattr(torch, name)))
     tensor_class: Any = torch.Tensor
     tensor_class.pin_memory = lambda self: self
+    runtime = types.SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
+    torch.cuda.cudart = lambda: runtime
 
 
 def wait_for_slow_workers() -> None:

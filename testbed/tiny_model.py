@@ -1,4 +1,4 @@
-"""A tiny random Llama with a byte-level BPE tokenizer, made on the spot."""
+"""A tiny random Llama, or Qwen3-MoE, with a byte-level BPE tokenizer, made on the spot."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CONTEXT_LENGTH = 4096
+NUM_LAYERS = 2
+# Of the model that has any
+NUM_EXPERTS, NUM_EXPERTS_PER_TOKEN = 8, 2
 DEFAULT_SHAPE = Shape(tuple(SPECIAL_TOKENS), (EOS,), CHAT_TEMPLATE, lambda _, text, __: text, "")
 
 
@@ -68,6 +71,11 @@ def tiny_model_path(
             (unfinished / "model.safetensors").unlink()
 
     return make_once(path, make_it)
+
+
+def moe_model_path() -> Path:
+    """Return the folder of a Qwen3-MoE, and make it if there is none."""
+    return make_once(MODELS / "tiny-moe", lambda unfinished: make(unfinished, 0, [], moe=True))
 
 
 def make_once(path: Path, make_it: Callable[[Path], None]) -> Path:
@@ -119,10 +127,22 @@ def load_tokenizer(qwen: bool = False, shape: str = "") -> Any:
     return AutoTokenizer.from_pretrained(tiny_model_path(qwen=qwen, shape=shape))
 
 
-def make(path: Path, seed: int, more_tokens: list[str], shape: Shape = DEFAULT_SHAPE) -> None:
+def make(
+    path: Path,
+    seed: int,
+    more_tokens: list[str],
+    shape: Shape = DEFAULT_SHAPE,
+    moe: bool = False,
+) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -148,18 +168,32 @@ def make(path: Path, seed: int, more_tokens: list[str], shape: Shape = DEFAULT_S
     stop_ids = fast.convert_tokens_to_ids(list(shape.stop_tokens))
     torch.manual_seed(seed)
     # Head size 64 is the smallest that the CPU kernels of other engines load as well.
-    config = LlamaConfig(
+    sizes: dict[str, Any] = dict(
         vocab_size=len(fast),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=NUM_LAYERS,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT_LENGTH,
         bos_token_id=fast.bos_token_id,
         eos_token_id=stop_ids if len(stop_ids) > 1 else fast.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
+    model: Any
+    if moe:
+        config = Qwen3MoeConfig(
+            **sizes,
+            head_dim=64,
+            num_experts=NUM_EXPERTS,
+            num_experts_per_tok=NUM_EXPERTS_PER_TOKEN,
+            moe_intermediate_size=64,
+        )
+        model = Qwen3MoeForCausalLM(config)
+        for layer in model.model.layers:
+            # So that the last digits of a step, which depend on its batch, decide nothing.
+            layer.mlp.gate.weight.data.mul_(100)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
     if more_tokens:
         # So that it prefers nothing by itself, and a bias decides.
         model.lm_head.weight.data.mul_(0.1)

@@ -90,6 +90,8 @@ PROCESSES = "srt/utils/engine_processes.py"
 ENGINE_CALLS = "srt/entrypoints/engine_calls.py"
 REFUSALS = "srt/managers/refusals.py"
 TEST_ENGINE = "tests/test_engine.py"
+ROUTED_EXPERTS = "srt/entrypoints/openai/routed_experts.py"
+TEST_EXPERTS = "tests/test_routed_experts.py"
 
 APPLY = "tools/apply.py"
 TEST_APPLY = "tests/test_apply.py"
@@ -1177,13 +1179,26 @@ MUTANTS: dict[str, Mutant] = {
         "for source in (*(",
         [TEST_LOGITS, "-k", "packages_register"],
     ),
-    "generation-prompt-added-anyway": Mutant(
-        "turns",
-        "srt/entrypoints/openai/kept_turns.py",
-        "*args, **{**kwargs, name: False}",
-        "*args, **kwargs",
-        ["tests/test_turns.py", "-k", "as_they_are"],
-        lacking=("v0.5.23",),
+    "experts-from-the-start-of-the-prompt": Mutant(
+        "routed experts",
+        ROUTED_EXPERTS,
+        "self._start = start",
+        "self._start = 0",
+        [TEST_EXPERTS, "-k", "rows_start"],
+    ),
+    "experts-not-of-a-request": Mutant(
+        "routed experts",
+        ROUTED_EXPERTS,
+        "adapted_request.return_routed_experts = True",
+        "pass",
+        [TEST_EXPERTS, "-k", "rows_start"],
+    ),
+    "experts-of-a-wide-type": Mutant(
+        "routed experts",
+        ROUTED_EXPERTS,
+        "max(known) <= 256",
+        "max(known) <= 8",
+        [TEST_EXPERTS, "-k", "type_is"],
     ),
     "processes-end-with-a-thread": Mutant(
         "engine",

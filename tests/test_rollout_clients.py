@@ -189,6 +189,15 @@ def test_every_method_of_skyrl(servers: ServerPool, tmp_path: Path) -> None:
     for again in ("generated", "of a clone"):
         assert result[again]["response_ids"] == first["response_ids"]
 
+    sampled = result["sample"]
+    [choice] = next(a["choices"] for a in answers if a.get("prompt_logprobs"))
+    [sequence] = sampled["sequences"]
+    assert sequence["tokens"] == choice["token_ids"] and len(sequence["logprobs"]) == 4
+    assert sequence["stop_reason"] == "length"
+    tops = sampled["topk_prompt_logprobs"]
+    assert [top and len(top) for top in tops] == [None, *[2] * (len(tops) - 1)]
+    assert None not in sampled["prompt_logprobs"][1:]
+
     # Paused by keep they wait, and else they are told to come again.
     assert result["waits"] and result["pause_generation"] == {"status": "paused"}
     assert result["resume_generation"] == {"status": "resumed"}

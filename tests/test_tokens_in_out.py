@@ -468,6 +468,7 @@ def test_without_max_tokens_the_context_is_the_limit(server: Server) -> None:
         ({"features": {"mm_hashes": {}}}, ["features"]),
         ({"output_mode": "derender"}, ["output_mode", "'text'"]),
         ({"output_mode": "text", "sampling_params": {"detokenize": False}}, ["detokenize"]),
+        ({"sampling_params": {"output_kind": 3}}, ["output_kind"]),
         ({"stream": "yes"}, ["stream"]),
         ({"token_ids": [5, True]}, ["token_ids', 1", "valid integer"]),
         ({"token_ids": [5, 6, "7"]}, ["token_ids', 2", "valid integer"]),
@@ -549,9 +550,21 @@ def test_parameters_that_are_null_are_not_asked_for(server: Server) -> None:
     body = generate(prompt_logprobs=None, bad_words=None, seed=None, stop=None)
     # What the train client of verifiers adds to a turn that extends another.
     body["sampling_params"]["routed_experts_prompt_start"] = 3
+    # The last output, which SkyRL's client asks for.
+    body["sampling_params"]["output_kind"] = 2
     body |= {"features": None, "kv_transfer_params": None, "cache_salt": None, "priority": None}
     expected = post(server, GENERATE, generate())["choices"]
     assert post(server, GENERATE, body)["choices"] == expected
+
+
+@default
+def test_deltas_need_a_stream(server: Server) -> None:
+    """A whole answer would be the last of them."""
+    body = generate(output_kind=1)
+    refused = requests.post(server.url + GENERATE, json=body, timeout=60)
+    assert refused.status_code == 400 and "output_kind" in refused.text
+    [choice] = join(stream(server, body)).values()
+    assert choice["token_ids"] == post(server, GENERATE, generate())["choices"][0]["token_ids"]
 
 
 @default

@@ -50,6 +50,10 @@ CAPABILITIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "generate": ("`/inference/v1/generate`", ("test_tokens_in_out", "test_rollout_clients")),
     "weight versions": ("`weight_versions` by token, in streams too", ("test_weight_versions",)),
+    "routed experts": (
+        "`routed_experts` of a mixture by token, whole and streamed",
+        ("test_routed_experts",),
+    ),
     "trainer routes": (
         "`--enable-trainer-routes`: pause, resume, weights from a folder or a broadcast, "
         "as a whole or not at all",

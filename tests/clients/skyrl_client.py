@@ -62,7 +62,12 @@ async def call_all(url: str, argument: dict[str, Any]) -> dict[str, Any]:
     await call("completion", client.completion({"json": completion}))
     batch = {"prompt_token_ids": ids, "sampling_params": {**PARAMS, "logprobs": 0}}
     await call("generate", client.generate({**batch, "session_ids": ["a", "b"]}))
-    sample = {"prompt": {"chunks": [{"tokens": ids[0]}]}, "sampling_params": {"max_tokens": 4}}
+    sample = {
+        "prompt": {"chunks": [{"tokens": ids[0]}]},
+        "sampling_params": {"max_tokens": 4, "temperature": 0},
+        "include_prompt_logprobs": True,
+        "topk_prompt_logprobs": 2,
+    }
     await call("sample", client.sample({"json": sample}))
     await call("finish_session", client.finish_session("a"))
 

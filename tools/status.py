@@ -16,7 +16,8 @@ from tools.releases import load_release, release_names
 from tools.series import Patch, read_series, releases_that_list
 
 # The most lines of upstream's files that a series should change: what serves rollouts, and
-# of it what returns token ids. Sampling controls and the engine of a program are apart.
+# of it what returns token ids. Sampling controls, the engine of a program and what the capture of
+# routed experts does wrong upstream are apart.
 GOAL = 120
 GOAL_TOKEN_IDS_OUT = 40
 TOKEN_IDS_OUT = re.compile(r"upstream/\d+-token-ids\b")
@@ -36,14 +37,16 @@ def status(name: str, patches: list[Patch], known: dict[str, list[str]]) -> dict
     total = upstream_lines(patches)
     sampling = upstream_lines([patch for patch in patches if "/sampling-" in patch.name])
     engine = upstream_lines([patch for patch in patches if "/engine-" in patch.name])
+    experts = upstream_lines([patch for patch in patches if "/routed-experts-" in patch.name])
     return {
         "release": name,
         "upstream_lines": total,
         "upstream_files": len({file for patch in patches for file in patch.changed}),
         "token_ids_out_lines": upstream_lines(token_ids_out),
-        "serving_lines": total - sampling - engine,
+        "serving_lines": total - sampling - engine - experts,
         "sampling_lines": sampling,
         "engine_lines": engine,
+        "experts_lines": experts,
         "own_lines": sum(sum(patch.added.values()) for patch in patches),
         "own_files": [file for patch in patches for file in patch.added],
         "patches": [
@@ -71,8 +74,9 @@ def report(name: str, patches: list[Patch], known: dict[str, list[str]]) -> str:
         f"{name}: {row['upstream_lines']} lines in {row['upstream_files']} of upstream's files: "
         f"{row['serving_lines']} for what serves rollouts (goal: {GOAL}), "
         f"{row['token_ids_out_lines']} of them for token ids out (goal: {GOAL_TOKEN_IDS_OUT}), "
-        f"{row['sampling_lines']} for sampling controls, and {row['engine_lines']} for an "
-        f"engine in a program; {len(own_files)} files added, {row['own_lines']} lines",
+        f"{row['sampling_lines']} for sampling controls, {row['engine_lines']} for an engine in a "
+        f"program, and {row['experts_lines']} for the capture of routed experts; "
+        f"{len(own_files)} files added, {row['own_lines']} lines",
         f"{'changed':>9} {'added':>6} {'releases':>9}  upstream status",
     ]
     for patch in patches:

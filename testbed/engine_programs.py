@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -645,6 +646,8 @@ def does_not_start() -> None:
     tell("children", children())
     tell("in a thread", outcome_text(lambda: in_thread(start)))
     tell("children of a thread", children())
+    # What is left of an engine that failed can be collected.
+    tell("collected", outcome_text(lambda: in_thread(lambda: gc.collect() > 0)))
     tell("no argument", outcome_text(lambda: start_engine(no_such_argument=1)))
     other.kill()
     other.wait()

@@ -1179,6 +1179,13 @@ MUTANTS: dict[str, Mutant] = {
         "for source in (*(",
         [TEST_LOGITS, "-k", "packages_register"],
     ),
+    "deltas-without-a-stream": Mutant(
+        "C9",
+        "srt/entrypoints/openai/serving_tokens.py",
+        "sampling_params.output_kind == 1 and not request.stream",
+        "False",
+        [TOKENS_IN_OUT, "-k", "deltas_need"],
+    ),
     "experts-from-the-start-of-the-prompt": Mutant(
         "routed experts",
         ROUTED_EXPERTS,
@@ -1234,6 +1241,13 @@ MUTANTS: dict[str, Mutant] = {
         "            processes.end()\n            atexit",
         "            atexit",
         [TEST_ENGINE, "-k", "failed_start_leaves"],
+    ),
+    "failed-start-leaves-sockets": Mutant(
+        "engine",
+        PROCESSES,
+        "            _close_sockets(error)\n",
+        "",
+        [TEST_ENGINE, "-k", "failed_start"],
     ),
     "shutdown-of-all-children": Mutant(
         "engine",

@@ -166,6 +166,7 @@ def test_a_failed_start_leaves_nothing() -> None:
     observed = program("does_not_start")
     assert observed["children"] == ["sleep"]
     assert observed["children of a thread"] == ["sleep"]
+    assert observed["collected"] == "True"
     assert "no_such_argument" in observed["no argument"]
     check_end(observed)
 

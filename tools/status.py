@@ -16,15 +16,27 @@ from tools.releases import load_release, release_names
 from tools.series import Patch, read_series, releases_that_list
 
 # The most lines of upstream's files that a series should change: what serves rollouts, and
-# of it what returns token ids. Sampling controls, the engine of a program and what the capture of
-# routed experts does wrong upstream are apart.
+# of it what returns token ids.
 GOAL = 120
 GOAL_TOKEN_IDS_OUT = 40
 TOKEN_IDS_OUT = re.compile(r"upstream/\d+-token-ids\b")
+# Counted apart from what serves rollouts, by the prefix of a patch.
+APART = {
+    "sampling": "sampling controls",
+    "engine": "an engine in a program",
+    "routed-experts": "the capture of routed experts",
+}
 
 
 def upstream_lines(patches: list[Patch]) -> int:
     return sum(sum(patch.changed.values()) for patch in patches)
+
+
+def lines_apart(patches: list[Patch]) -> dict[str, int]:
+    return {
+        prefix: upstream_lines([patch for patch in patches if f"/{prefix}-" in patch.name])
+        for prefix in APART
+    }
 
 
 def status(name: str, patches: list[Patch], known: dict[str, list[str]]) -> dict[str, object]:
@@ -35,18 +47,14 @@ def status(name: str, patches: list[Patch], known: dict[str, list[str]]) -> dict
     """
     token_ids_out = [p for p in patches if p.prepared and TOKEN_IDS_OUT.match(p.prepared)]
     total = upstream_lines(patches)
-    sampling = upstream_lines([patch for patch in patches if "/sampling-" in patch.name])
-    engine = upstream_lines([patch for patch in patches if "/engine-" in patch.name])
-    experts = upstream_lines([patch for patch in patches if "/routed-experts-" in patch.name])
+    apart = lines_apart(patches)
     return {
         "release": name,
         "upstream_lines": total,
         "upstream_files": len({file for patch in patches for file in patch.changed}),
         "token_ids_out_lines": upstream_lines(token_ids_out),
-        "serving_lines": total - sampling - engine - experts,
-        "sampling_lines": sampling,
-        "engine_lines": engine,
-        "experts_lines": experts,
+        "serving_lines": total - sum(apart.values()),
+        "apart_lines": apart,
         "own_lines": sum(sum(patch.added.values()) for patch in patches),
         "own_files": [file for patch in patches for file in patch.added],
         "patches": [
@@ -70,12 +78,12 @@ def report(name: str, patches: list[Patch], known: dict[str, list[str]]) -> str:
     """Return the status of a release as text."""
     row = status(name, patches, known)
     own_files = {file for patch in patches for file in patch.added}
+    apart = [f"{lines} for {APART[prefix]}" for prefix, lines in lines_apart(patches).items()]
     lines = [
         f"{name}: {row['upstream_lines']} lines in {row['upstream_files']} of upstream's files: "
         f"{row['serving_lines']} for what serves rollouts (goal: {GOAL}), "
         f"{row['token_ids_out_lines']} of them for token ids out (goal: {GOAL_TOKEN_IDS_OUT}), "
-        f"{row['sampling_lines']} for sampling controls, {row['engine_lines']} for an engine in a "
-        f"program, and {row['experts_lines']} for the capture of routed experts; "
+        f"{', '.join(apart[:-1])}, and {apart[-1]}; "
         f"{len(own_files)} files added, {row['own_lines']} lines",
         f"{'changed':>9} {'added':>6} {'releases':>9}  upstream status",
     ]

@@ -285,6 +285,7 @@ SHORT_MODES = (
     "id_names",
     "processors",
     "turns_qwen3",
+    "experts",
 )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import requests
@@ -114,6 +116,25 @@ def stream(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, An
 
 def control(server: Server, path: str, **body: Any) -> requests.Response:
     return requests.post(server.url + path, json=body, timeout=120)
+
+
+@contextlib.contextmanager
+def aborting(server: Server, request_id: str, every_s: float) -> Iterator[None]:
+    """Slow a server down, and abort a request of it again and again until it is answered."""
+    done = threading.Event()
+
+    def abort() -> None:
+        while not done.wait(every_s):
+            control(server, "/abort_request", rid=request_id)
+
+    thread = threading.Thread(target=abort)
+    thread.start()
+    try:
+        with server.slowed_down():
+            yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def flush_cache(url: str) -> None:

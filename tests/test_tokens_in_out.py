@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from typing import Any
 
@@ -574,18 +573,8 @@ def test_deltas_need_a_stream(server: Server) -> None:
 def test_abort_by_request_id(server: Server) -> None:
     request_id = f"abort-{time.time_ns()}"
     body = {**generate(max_tokens=3000), "request_id": request_id}
-    done = threading.Event()
-
-    def abort() -> None:
-        while not done.wait(0.1):
-            requests.post(server.url + "/abort_request", json={"rid": request_id}, timeout=30)
-
-    thread = threading.Thread(target=abort)
-    thread.start()
-    with server.slowed_down():
+    with client.aborting(server, request_id, every_s=0.1):
         [choice] = join(stream(server, body)).values()
-    done.set()
-    thread.join()
     assert choice["finish_reason"] == "abort"
     assert len(choice["token_ids"]) < 3000
 

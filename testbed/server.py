@@ -135,6 +135,7 @@ class Mode:
     moe: bool = False
 
 
+RETRACT = (("SGLANG_TEST_RETRACT", "1"), ("SGLANG_TEST_RETRACT_INTERVAL", "5"))
 # Tests come in this order, so those that are compared with stock are next to it.
 MODES: dict[str, Mode] = {
     "stock": Mode(stock=True, spawns=True),
@@ -154,7 +155,7 @@ MODES: dict[str, Mode] = {
         ("--tokenizer-worker-num=2",),
         env=(("SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", "120"),),
     ),
-    "retract": Mode(env=(("SGLANG_TEST_RETRACT", "1"), ("SGLANG_TEST_RETRACT_INTERVAL", "5"))),
+    "retract": Mode(env=RETRACT),
     "reasoning": Mode(("--reasoning-parser=qwen3",), qwen=THINK_IS_A_TOKEN),
     "reasoning_interval": Mode(
         ("--reasoning-parser=qwen3", "--stream-interval=16"), qwen=THINK_IS_A_TOKEN
@@ -205,6 +206,11 @@ MODES: dict[str, Mode] = {
             "--max-lora-rank=4",
             "--lora-target-modules=o_proj",
         ),
+    ),
+    # Some wait, and are retracted.
+    "trainer_metrics": Mode(
+        ("--enable-trainer-routes", "--enable-metrics", "--max-running-requests=2"),
+        env=RETRACT,
     ),
     "trainer_key": Mode(("--enable-trainer-routes", "--admin-api-key=secret")),
     # The transfer is a fake: there is no server for the prefill.
@@ -285,6 +291,7 @@ SHORT_MODES = (
     "id_names",
     "processors",
     "turns_qwen3",
+    "trainer_metrics",
     "experts",
 )
 

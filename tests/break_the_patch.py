@@ -66,6 +66,7 @@ WEIGHT_VERSIONS = "srt/managers/weight_versions.py"
 TEST_WEIGHT_VERSIONS = "tests/test_weight_versions.py"
 ROUTES = "srt/entrypoints/trainer_routes.py"
 TRAINER_ROUTES = "tests/test_trainer_routes.py"
+VLLM_METRICS = "srt/entrypoints/vllm_metrics.py"
 VLLM_ROUTES = "srt/entrypoints/vllm_routes.py"
 WEIGHT_TRANSFER = "srt/entrypoints/weight_transfer.py"
 TRAINER_ADAPTERS = "srt/entrypoints/trainer_adapters.py"
@@ -770,6 +771,20 @@ MUTANTS: dict[str, Mutant] = {
         "auth_level(AuthLevel.ADMIN_OPTIONAL)(endpoint.__func__)",
         "pass",
         [TRAINER_ROUTES, "-k", "key"],
+    ),
+    "retracted-unnoticed": Mutant(
+        "trainer routes",
+        VLLM_METRICS,
+        "retractions[engine] += sample.value",
+        "pass",
+        [TRAINER_ROUTES, "-k", "by_the_name_of_vllm"],
+    ),
+    "load-without-its-cache": Mutant(
+        "trainer routes",
+        VLLM_METRICS,
+        "usage.add_metric(labels, load.token_usage)",
+        "usage.add_metric(labels, 0)",
+        [TRAINER_ROUTES, "-k", "names_that_vllm"],
     ),
     "turn-never-ended": Mutant(
         "turns",

@@ -9,11 +9,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
 from bench.soak import KINDS, EngineClients, start_clients
@@ -654,7 +656,7 @@ def test_bad_input_is_named(server: Server, path: str, body: Any, named: list[st
 def test_off_by_default(server: Server) -> None:
     for path in [*ROUTES, *CLIENT_ROUTES]:
         assert requests.post(server.url + path, json={}, timeout=30).status_code == 404
-    for path in ("/is_paused", "/is_sleeping", "/liveness", "/get_world_size"):
+    for path in ("/is_paused", "/is_sleeping", "/liveness", "/get_world_size", "/metrics"):
         assert requests.get(server.url + path, timeout=30).status_code == 404
     assert post(server, "/detokenize", {"tokens": PROMPT}).keys() == {"text"}
 
@@ -890,6 +892,88 @@ def test_what_is_asked_of_a_server(server: Server) -> None:
     assert get("/is_sleeping") == {"is_sleeping": False}
     finished = requests.post(f"{server.url}/finish_session?session_id=a", timeout=30)
     assert finished.ok
+
+
+def read_metrics(server: Server, prefix: str = "vllm:") -> dict[str, Any]:
+    """The values by their names, and the labels of those that say it with them."""
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    found: dict[str, Any] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples if family.name.startswith(prefix) else ():
+            found[sample.name.removeprefix(prefix)] = (
+                sample.labels if sample.name.endswith("_info") else sample.value
+            )
+    return found
+
+
+def capacity(server: Server) -> int:
+    info = requests.get(f"{server.url}/get_server_info", timeout=30).json()
+    return int(info["max_total_num_tokens"])
+
+
+def wait_for_load(server: Server, is_it: Callable[[int, int], bool]) -> dict[str, Any]:
+    """Wait for numbers of running and waiting requests.
+
+    Some releases count them once in so many steps.
+    """
+    deadline = time.monotonic() + 30
+    while True:
+        load = read_metrics(server)
+        if is_it(load["num_requests_running"], load["num_requests_waiting"]):
+            return load
+        assert time.monotonic() < deadline, load
+        time.sleep(0.05)
+
+
+def is_idle(running: int, waiting: int) -> bool:
+    return not running and not waiting
+
+
+@trainer_mode
+def test_the_load_has_the_names_that_vllm_gives_it(server: Server) -> None:
+    """prime-rl's orchestrator begins with as many rollouts as the KV cache holds."""
+    idle = wait_for_load(server, is_idle)
+    assert idle["kv_cache_usage_perc"] == 0
+    num_tokens = capacity(server)
+    assert idle["cache_config_info"] == {
+        "engine": "0",
+        "block_size": "1",
+        "num_gpu_blocks": str(num_tokens),
+        "kv_cache_size_tokens": str(num_tokens),
+    }
+    # Nothing counts them without --enable-metrics.
+    assert "num_preemptions_total" not in idle and not read_metrics(server, "sglang:")
+    streams = [Running(server, GENERATE, max_tokens=NUM_TOKENS) for _ in range(3)]
+    for stream in streams:
+        stream.wait_for(60)
+    busy = wait_for_load(server, lambda running, waiting: (running, waiting) == (3, 0))
+    most = len(PROMPT) + 3 * NUM_TOKENS
+    assert 3 * 40 <= busy["kv_cache_usage_perc"] * num_tokens <= most
+    for stream in streams:
+        stream.finish()
+    wait_for_load(server, is_idle)
+
+
+@pytest.mark.parametrize("server", ["trainer_metrics"], indirect=True)
+def test_retracted_requests_are_preempted_by_the_name_of_vllm(server: Server) -> None:
+    """Beside what the server has at /metrics in any case."""
+
+    def generate() -> int:
+        sampling = {"max_new_tokens": 60, "ignore_eos": True}
+        body = {"input_ids": PROMPT, "sampling_params": sampling}
+        meta = post(server, "/generate", body)["meta_info"]
+        return int(meta["num_retractions" if "num_retractions" in meta else "total_retractions"])
+
+    before = read_metrics(server)["num_preemptions_total"]
+    with ThreadPoolExecutor(3) as pool, server.slowed_down():
+        pending = [pool.submit(generate) for _ in range(3)]
+        # Two run at the most.
+        wait_for_load(server, lambda running, waiting: bool(running and waiting))
+        num_retractions = sum(future.result() for future in pending)
+    assert num_retractions > 0
+    assert read_metrics(server)["num_preemptions_total"] - before == num_retractions
+    stock = read_metrics(server, "sglang:")
+    assert stock["num_retracted_requests_total"] == before + num_retractions
 
 
 @two_ranks

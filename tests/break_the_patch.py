@@ -786,6 +786,13 @@ MUTANTS: dict[str, Mutant] = {
         "usage.add_metric(labels, 0)",
         [TRAINER_ROUTES, "-k", "names_that_vllm"],
     ),
+    "one-cache-for-every-salt": Mutant(
+        "generate",
+        TOKENS,
+        "_CACHE_SALT: request.cache_salt or None,",
+        "_CACHE_SALT: None,",
+        [TOKENS_IN_OUT, "-k", "salts"],
+    ),
     "turn-never-ended": Mutant(
         "turns",
         PREFIX,

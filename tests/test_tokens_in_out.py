@@ -570,6 +570,21 @@ def test_deltas_need_a_stream(server: Server) -> None:
 
 
 @default
+def test_salts_keep_what_is_cached_apart(server: Server) -> None:
+    """prime-rl salts the cache by the version of the policy."""
+    name = "cache_salt" if NUMBER >= (0, 5, 23) else "extra_key"
+    prompt = PROMPT * 10
+
+    def num_cached(salt: str | None) -> int:
+        body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1}, name: salt}
+        return int(post(server, "/generate", body)["meta_info"]["cached_tokens"])
+
+    client.flush_cache(server.url)
+    post(server, GENERATE, {**generate(prompt), "cache_salt": "one"})
+    assert [num_cached(salt) for salt in ("two", None, "one")] == [0, 0, len(prompt) - 1]
+
+
+@default
 def test_abort_by_request_id(server: Server) -> None:
     request_id = f"abort-{time.time_ns()}"
     body = {**generate(max_tokens=3000), "request_id": request_id}

@@ -265,6 +265,10 @@ if ON_GPU:
         "tp2": Mode(("--tp-size=2",), overlap=True),
         "dp2": Mode(("--dp-size=2",), overlap=True),
         "ngram": Mode(("--speculative-algorithm=NGRAM",)),
+        "trainer_sleep": Mode(
+            ("--enable-trainer-routes", "--enable-memory-saver", "--enable-weights-cpu-backup")
+        ),
+        "trainer_deep_sleep": Mode(("--enable-trainer-routes", "--enable-memory-saver")),
     }
     MODES |= GPU_MODES
 # How outputs reach the handlers.

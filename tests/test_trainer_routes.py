@@ -37,7 +37,7 @@ from testbed.client import (
 )
 from testbed.pool import ServerPool
 from testbed.server import FAILS_ABORTED_STREAMS, ON_GPU, Server
-from testbed.tiny_model import make_adapter, tiny_model_path
+from testbed.tiny_model import NUM_LAYERS, make_adapter, tiny_model_path
 from testbed.trainer import BAD_PARAMETER, Trainer
 from tools.verify import reserve_port
 
@@ -82,6 +82,7 @@ GENERATES = [
     "/v1/responses",
     GENERATE,
 ]
+TOKENS = "/v1/chat/completions/tokens"
 RENDER = "/v1/chat/completions/render"
 MESSAGES = [{"role": "user", "content": "Say something, 日本語."}]
 INIT = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
@@ -976,6 +977,20 @@ def test_retracted_requests_are_preempted_by_the_name_of_vllm(server: Server) ->
     assert stock["num_retracted_requests_total"] == before + num_retractions
 
 
+@pytest.mark.parametrize("server", ["trainer_metrics"], indirect=True)
+@pytest.mark.parametrize("endpoint", [CHAT, TOKENS, COMPLETIONS, GENERATE, "/is_paused"])
+def test_requests_count_by_their_paths(server: Server, endpoint: str) -> None:
+    if endpoint == "/is_paused":
+        assert not is_paused(server)
+    else:
+        body = body_for(CHAT if endpoint == TOKENS else endpoint, max_tokens=3)
+        if endpoint == TOKENS:
+            body["tokens"] = body.pop("input_ids")
+        assert post(server, endpoint, body)["choices"]
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    assert f'sglang:http_requests_total{{endpoint="{endpoint}"' in text
+
+
 @two_ranks
 @pytest.mark.parametrize("server", ["trainer_tp", "trainer_dp"], indirect=True)
 def test_the_size_of_the_world(server: Server) -> None:
@@ -998,6 +1013,40 @@ def test_a_sleep_that_only_pauses(server: Server) -> None:
     assert not is_paused(server)
     [(ids, _)] = running.finish().values()
     assert len(ids) == NUM_TOKENS
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CPU has no memory that sleeps")
+@pytest.mark.parametrize(
+    ("server", "level"), [("trainer_sleep", 1), ("trainer_deep_sleep", 2)], indirect=["server"]
+)
+def test_a_sleep_gives_memory_back(server: Server, level: int) -> None:
+    """The KV cache is most of it. Level 2 forgets the weights, and a trainer sends new ones."""
+    import torch
+
+    def is_sleeping() -> bool:
+        answer = requests.get(f"{server.url}/is_sleeping", timeout=30).json()
+        return bool(answer["is_sleeping"])
+
+    before = fresh(server, PROMPT, SHORT)
+    free, _ = torch.cuda.mem_get_info()
+    asleep = requests.post(f"{server.url}/sleep", params={"level": level}, timeout=60)
+    assert asleep.json() == {"status": "sleeping", "level": level}
+    assert is_sleeping()
+    # 65,536 tokens with a key and a value of at least 64 numbers of two bytes in each layer.
+    freed = torch.cuda.mem_get_info()[0] - free
+    assert freed > 65_536 * NUM_LAYERS * 2 * 64 * 2 // 2, freed
+    weights = {"weight_dir": str(tiny_model_path())}
+    refused = control(server, "/update_weights", **weights)
+    assert refused.status_code == 400 and "asleep" in refused.text
+
+    woken = requests.post(f"{server.url}/wake_up", params={"tags": ["weights"]}, timeout=60)
+    assert woken.json() == {"status": "sleeping", "tags": ["weights"]}
+    if level == 2:
+        assert control(server, "/update_weights", **weights).ok
+    woken = requests.post(f"{server.url}/wake_up", timeout=60)
+    assert woken.json() == {"status": "awake", "tags": None}
+    assert not is_sleeping() and not is_paused(server)
+    assert fresh(server, PROMPT, SHORT) == before
 
 
 def join_as_vllm(server: Server) -> Trainer:

@@ -1267,7 +1267,7 @@ MUTANTS: dict[str, Mutant] = {
     "failed-start-leaves-sockets": Mutant(
         "engine",
         PROCESSES,
-        "            _close_sockets(error)\n",
+        "            _close_sockets_of_parts(error)\n",
         "",
         [TEST_ENGINE, "-k", "failed_start"],
     ),

@@ -170,7 +170,8 @@ def rows_of(samples: Mapping[int, Samples], tokens: int) -> list[Row]:
     rows = []
     for clients, own in samples.items():
         if all(values for by_key in own.values() for values in by_key.values()):
-            rows += make_rows(f"chat, {clients} clients, on the GPU", tokens, own)
+            who = "1 client" if clients == 1 else f"{clients} clients"
+            rows += make_rows(f"chat, {who}, on the GPU", tokens, own)
     return rows
 
 

@@ -25,6 +25,7 @@ RESULTS = ROOT / "bench" / "results"
 # CUDA graphs and the overlap scheduler; increments; ranks and replicas; speculation; an adapter.
 MODES = ("overlap", "stream_output", "tp2", "dp2", "ngram", "trainer_lora")
 TRAINER_TESTS = ("bad_weights", "that_is_gone", "never_comes", "test_a_folder", "resume_during")
+TRAINER_TESTS += ("gives_memory_back",)
 # To stop the servers of a step that is interrupted.
 GRACE_S = 20.0
 
@@ -59,7 +60,7 @@ STEPS = {
         540,
     ),
     "trainer": Step(
-        "weights over NCCL, as a whole or not at all, and a trainer that is gone",
+        "weights over NCCL, as a whole or not at all, a trainer that is gone, and sleep",
         "pytest",
         pytest_of(("tests/test_trainer_routes.py",), " or ".join(TRAINER_TESTS)),
         540,
@@ -69,6 +70,12 @@ STEPS = {
         "pytest",
         pytest_of(("tests/test_trainer_routes.py",), "lose_no_id"),
         540,
+    ),
+    "experts": Step(
+        "the routed experts of a mixture against the capture of the engine",
+        "pytest",
+        ("tests/test_routed_experts.py", "--durations=10", "--tb=short"),
+        300,
     ),
     "engine": Step(
         "engines in programs: memory that tags free, tensors of the card, an adapter",
@@ -91,8 +98,8 @@ STEPS = {
     "server": Step(
         "stock and patched on the same card, 1, 64 and 256 clients, each card in its turn",
         "bench.gpu",
-        ("--rounds=4", f"--json={RESULTS}/gpu-{UPSTREAM}.json"),
-        580,
+        (f"--json={RESULTS}/gpu-{UPSTREAM}.json",),
+        900,
     ),
 }
 

@@ -112,6 +112,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--store-results") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--store-results keeps what one process saw: run it with -n 0")
     config.addinivalue_line("markers", "clause(*names): the clauses of the contract it proves")
     config.addinivalue_line("markers", "full: left to `make test-full`")
     # Patches may change while tests run.

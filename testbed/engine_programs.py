@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import faulthandler
 import gc
 import json
 import os
@@ -85,7 +86,7 @@ class Observed:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.values:
-            raise AssertionError(f"The program has not come to {name!r}:\n{self.log[-3000:]}")
+            raise AssertionError(f"The program has not come to {name!r}:\n{self.log[-8000:]}")
         return self.values[name]
 
 
@@ -953,5 +954,7 @@ PROGRAMS = {
 
 
 if __name__ == "__main__":
+    # Who hangs says where.
+    faulthandler.dump_traceback_later(PROGRAM_TIMEOUT_S - 20)
     PROGRAMS[sys.argv[1]]()
     tell("end", True)

@@ -24,8 +24,14 @@ from tools.verify import kill_group
 RESULTS = ROOT / "bench" / "results"
 # CUDA graphs and the overlap scheduler; increments; ranks and replicas; speculation; an adapter.
 MODES = ("overlap", "stream_output", "tp2", "dp2", "ngram", "trainer_lora")
-TRAINER_TESTS = ("bad_weights", "that_is_gone", "never_comes", "test_a_folder", "resume_during")
-TRAINER_TESTS += ("gives_memory_back",)
+TRAINER_TESTS = (
+    "bad_weights",
+    "that_is_gone",
+    "never_comes",
+    "test_a_folder",
+    "resume_during",
+    "gives_memory_back",
+)
 # To stop the servers of a step that is interrupted.
 GRACE_S = 20.0
 

@@ -23,6 +23,7 @@ from testbed.client import (
     CHAT,
     COMPLETIONS,
     WEATHER_TOOL,
+    aborting,
     chat,
     completion,
     flush_cache,
@@ -405,12 +406,8 @@ def test_abort_whole(server: Server, path: str) -> None:
     make = chat if path == CHAT else completion
     rid = f"abort-whole-{time.time_ns()}"
     body = make({"max_tokens": 1500, "ignore_eos": True, "rid": rid})
-    with server.slowed_down(), ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(post, server, path, body)
-        while not pending.done():
-            time.sleep(0.5)
-            requests.post(server.url + "/abort_request", json={"rid": rid}, timeout=30)
-        answer = pending.result()
+    with aborting(server, rid, every_s=0.5):
+        answer = post(server, path, body)
     choice = answer["choices"][0]
     assert choice["finish_reason"] == "abort"
     assert len(choice["token_ids"]) == answer["usage"]["completion_tokens"] < 1500

@@ -378,19 +378,21 @@ def test_stream_interval_of_a_request(server: Server) -> None:
     reason=f"a server of {UPSTREAM} that decodes alone pins memory, which takes a GPU",
 )
 @pytest.mark.parametrize("server", ["disaggregated"], indirect=True)
-@pytest.mark.parametrize("n", [1, 2])
-def test_kv_transfer_params(server: Server, n: int) -> None:
+def test_kv_transfer_params(server: Server) -> None:
     """SGLang's own, since vLLM's are what its connectors make of them."""
     # The address that stock has for transfers that are fakes.
     params = {"bootstrap_host": "2.2.2.2", "bootstrap_port": 8998, "bootstrap_room": 7}
-    body = {**generate(n=n), "kv_transfer_params": params}
+    body = {**generate(), "kv_transfer_params": params}
     whole = post(server, GENERATE, body)
     assert whole["kv_transfer_params"] == params
     streamed = join(stream(server, body))
     for choice in (*whole["choices"], *streamed.values()):
         assert len(choice["token_ids"]) == 16
+    several = {**generate(n=2), "kv_transfer_params": params}
+    refused = requests.post(server.url + GENERATE, json=several, timeout=60)
+    assert refused.status_code == 400 and "n is 2" in refused.text
     for lacking in (None, {**params, "bootstrap_host": None}, {**params, "bootstrap_room": None}):
-        body = {**generate(n=n), "kv_transfer_params": lacking}
+        body = {**generate(), "kv_transfer_params": lacking}
         refused = requests.post(server.url + GENERATE, json=body, timeout=60)
         assert refused.status_code == 400
         assert "bootstrap_host and bootstrap_room" in refused.text

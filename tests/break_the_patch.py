@@ -648,8 +648,25 @@ MUTANTS: dict[str, Mutant] = {
     "a-bucket-not-sent-in-full": Mutant(
         "C1",
         BROADCAST,
-        "        self._broadcast(flattened)\n",
-        "        self._broadcast(flattened.clone().zero_())\n",
+        "self._begin(flattened)]",
+        "self._begin(flattened.clone().zero_())]",
+        [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
+    ),
+    "announcements-cut-off": Mutant(
+        "C1",
+        BROADCAST,
+        "            parts.append(message[_HEADER_BYTES:])",
+        "            parts.append(bytes(len(message) - _HEADER_BYTES))",
+        [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
+    ),
+    "the-next-bucket-in-place-of-this-one": Mutant(
+        "C1",
+        BROADCAST,
+        "        flattened = bucket.wait()\n        del bucket\n"
+        "        next_metadata = receive_announcement(header)\n",
+        "        flattened = bucket.wait()\n        del bucket\n"
+        "        next_metadata = receive_announcement(header)\n"
+        "        metadata = next_metadata or metadata\n",
         [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
     ),
     "requests-while-paused": Mutant(

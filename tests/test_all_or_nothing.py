@@ -97,7 +97,10 @@ def update_on(rank: int, port: int, error_on: int | None, fails_on: int | None) 
 
 
 def weights_of_odd_sizes() -> dict[str, Any]:
-    """Weights that do not all begin where their dtype is aligned when they are put in a row."""
+    """Weights that do not all begin where their dtype is aligned when they are put in a row.
+
+    So many that telling of them takes more than 64 KiB.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -109,6 +112,7 @@ def weights_of_odd_sizes() -> dict[str, Any]:
         "scalar": torch.tensor(7.0),
         "none": torch.empty(0, 4),
         "last": torch.arange(5, dtype=torch.int64),
+        **{f"{'long' * 10}.{i}": torch.tensor([i]) for i in range(1200)},
     }
 
 

@@ -1312,8 +1312,8 @@ MUTANTS: dict[str, Mutant] = {
     "chunks-grow-in-the-hands-of-a-caller": Mutant(
         "engine",
         ENGINE_CALLS,
-        "_as_of_now(value) if isinstance(value, (list, dict)) else value",
-        "value",
+        "copied[name] = _as_of_now(value)",
+        "pass",
         [TEST_ENGINE, "-k", "anywhere and stream and not overlap"],
     ),
     "who-is-behind-gets-no-more": Mutant(
@@ -1322,6 +1322,13 @@ MUTANTS: dict[str, Mutant] = {
         "if room is not None:",
         "if False:",
         [TEST_ENGINE, "-k", "anywhere and slowly and not overlap"],
+    ),
+    "only-one-caller-of-a-loop-is-woken": Mutant(
+        "engine",
+        ENGINE_CALLS,
+        "_call_soon(caller, _arrive, crossings)",
+        "_call_soon(caller, _arrive, crossings[:1])",
+        [TEST_ENGINE, "-k", "anywhere and streams and not overlap"],
     ),
     "ids-outside-of-the-vocabulary": Mutant(
         "engine",

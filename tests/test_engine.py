@@ -39,6 +39,7 @@ def check_end(observed: Observed) -> None:
         ("loops at once", 4),
         ("loops that stop", 4),
         ("loops and threads", 4),
+        ("streams of one loop", 4),
         ("a stream", 0),
         ("an asynchronous stream", 0),
         ("a stream read slowly", 0),
@@ -92,6 +93,8 @@ def test_controls(overlap: bool) -> None:
         "version of tensors": "tensors",
         "version of an answer": "tensors",
         "label": "label",
+        # No handle is there.
+        "ipc": False,
         "weights": 2,
         "info": True,
     }

@@ -937,6 +937,38 @@ def on_a_card() -> None:
     tell("children", children())
 
 
+def takes_handles() -> None:
+    """Take weights of the card from a parameter server, in a thread that is in the middle of it."""
+    port = reserve_port()
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "PS_MAX_BUCKET_SIZE_GB": "0.125"}
+    from checkpoint_engine.ps import ParameterServer
+
+    engine: Any = start_engine()
+    expected: list[Any] = []
+    for path in (tiny_model_path(seed=1), tiny_model_path()):
+        assert engine.update_weights_from_disk(str(path))[0]
+        expected.append(ids_of(short(engine)))
+    tell("expected", expected)
+    parameters = ParameterServer(auto_pg=True, mem_fraction=0.1)
+    file = str(tiny_model_path(seed=1) / "model.safetensors")
+    parameters.register_checkpoint("new", files=[file], named_tensors={})
+    parameters.gather_metas("new")
+    answers: list[Any] = []
+
+    def update(handles: list[tuple[str, str]]) -> None:
+        call = engine.async_update_weights_from_ipc(dict(handles), weight_version="new")
+        answers.append(asyncio.run(call))
+
+    parameters.update("new", update)
+    answer = short(engine)
+    version = answer["meta_info"]["weight_version"]
+    tell("updated", [*answers, ids_of(answer), version, engine.get_weight_version()])
+    refused = engine.update_weights_from_ipc({"GPU-of-nobody": "ipc://x"}, weight_version="bad")
+    tell("refused", [refused, ids_of(short(engine)), engine.get_weight_version()])
+    engine.shutdown()
+
+
 def ends_with_it() -> None:
     """End without `shutdown`."""
     engine: Any = start_engine()
@@ -954,6 +986,7 @@ PROGRAMS = {
         ray_actors,
         skyrl_actor,
         on_a_card,
+        takes_handles,
         ends_with_it,
     )
 }

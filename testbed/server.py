@@ -21,7 +21,7 @@ from testbed.chat_shapes import SHAPES
 from testbed.forks import ForkedModule
 from testbed.harmony import ENCODINGS_BASE, FOLDER, HARMONY_VOCAB_SIZE, harmony_model_path
 from testbed.release import NUMBER, ROOT, STOCK, UPSTREAM
-from testbed.tiny_model import moe_model_path, tiny_model_path
+from testbed.tiny_model import draft_model_path, moe_model_path, tiny_model_path
 from tools.verify import kill_group, reserve_port
 
 START_TIMEOUT_S = 600.0
@@ -120,6 +120,7 @@ class Mode:
         replies: What the model says, instead of anything at random (`chained_model`).
         speaks_harmony: Whether the model is taken for gpt-oss (`harmony`).
         moe: Whether the model is one of experts.
+        drafts: Whether another model drafts what it says.
     """
 
     flags: tuple[str, ...] = ()
@@ -133,6 +134,7 @@ class Mode:
     replies: Replies = ()
     speaks_harmony: bool = False
     moe: bool = False
+    drafts: bool = False
 
 
 RETRACT = (("SGLANG_TEST_RETRACT", "1"), ("SGLANG_TEST_RETRACT_INTERVAL", "5"))
@@ -258,6 +260,8 @@ MODES["gpt_oss"] = Mode(
     env=((ENCODINGS_BASE, str(FOLDER)),),
     speaks_harmony=True,
 )
+# Where a server that decodes finds the one that prefills.
+BOOTSTRAP_PORT = reserve_port() if ON_GPU else 0
 # What the CPU engine does not have or has no kernels for.
 GPU_MODES: dict[str, Mode] = {}
 if ON_GPU:
@@ -265,12 +269,31 @@ if ON_GPU:
         "tp2": Mode(("--tp-size=2",), overlap=True),
         "dp2": Mode(("--dp-size=2",), overlap=True),
         "ngram": Mode(("--speculative-algorithm=NGRAM",)),
+        # To capture graphs, it would import packages that these tests do without.
+        "standalone": Mode(
+            (
+                "--speculative-algorithm=STANDALONE",
+                "--speculative-num-steps=2",
+                "--speculative-eagle-topk=1",
+                "--speculative-num-draft-tokens=3",
+                "--cuda-graph-backend-decode=disabled",
+            ),
+            drafts=True,
+        ),
         "trainer_sleep": Mode(
             ("--enable-trainer-routes", "--enable-memory-saver", "--enable-weights-cpu-backup")
         ),
         "trainer_deep_sleep": Mode(("--enable-trainer-routes", "--enable-memory-saver")),
     }
     MODES |= GPU_MODES
+    # A card each, and the KV cache goes from one to the other.
+    _flags = ["--disaggregation-transfer-backend=nixl", "--host=127.0.0.1"]
+    _flags += [f"--disaggregation-bootstrap-port={BOOTSTRAP_PORT}"]
+    for _number, _name in enumerate(("prefill", "decode")):
+        MODES[_name] = Mode(
+            (f"--disaggregation-mode={_name}", f"--base-gpu-id={_number}", *_flags),
+            env=(("SGLANG_HOST_IP", "127.0.0.1"), ("HOST_IP", "127.0.0.1")),
+        )
 # How outputs reach the handlers.
 STREAMING_MODES = (
     "default",
@@ -367,6 +390,8 @@ class Server:
         command = ["sglang.launch_server", "--model-path", str(model)]
         command += BASE_FLAGS if mode.overlap else [*BASE_FLAGS, "--disable-overlap-schedule"]
         command += mode.flags
+        if mode.drafts:
+            command.append(f"--speculative-draft-model-path={draft_model_path()}")
         env = dict(mode.env)
         if mode.spawns:
             env["TEST_FORK"] = "0"

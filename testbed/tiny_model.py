@@ -78,6 +78,25 @@ def moe_model_path() -> Path:
     return make_once(MODELS / "tiny-moe", lambda unfinished: make(unfinished, 0, [], moe=True))
 
 
+def draft_model_path() -> Path:
+    """Return the folder of a model that often says what the other one does, and make it."""
+
+    def make_it(unfinished: Path) -> None:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        shutil.copytree(tiny_model_path(), unfinished)
+        weights = load_file(unfinished / "model.safetensors")
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in weights.items():
+            if weight.dim() == 2:
+                noise = torch.randn(weight.shape, generator=generator) * weight.float().std()
+                weights[name] = weight + (0.15 * noise).to(weight.dtype)
+        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+
+    return make_once(MODELS / "tiny-draft", make_it)
+
+
 def make_once(path: Path, make_it: Callable[[Path], None]) -> Path:
     """Return the folder of a model, and have it made if there is none, whole or not at all.
 

@@ -22,8 +22,9 @@ from testbed.release import ROOT, UPSTREAM
 from tools.verify import kill_group
 
 RESULTS = ROOT / "bench" / "results"
-# CUDA graphs and the overlap scheduler; increments; ranks and replicas; speculation; an adapter.
-MODES = ("overlap", "stream_output", "tp2", "dp2", "ngram", "trainer_lora")
+# CUDA graphs and the overlap scheduler; increments; ranks and replicas; speculation by what was
+# said and by another model; an adapter.
+MODES = ("overlap", "stream_output", "tp2", "dp2", "ngram", "standalone", "trainer_lora")
 TRAINER_TESTS = (
     "bad_weights",
     "that_is_gone",
@@ -77,6 +78,12 @@ STEPS = {
         pytest_of(("tests/test_trainer_routes.py",), "lose_no_id"),
         540,
     ),
+    "transfer": Step(
+        "a prefill on one card and the rest on the other, over nixl",
+        "pytest",
+        ("tests/test_kv_transfer.py", "--durations=10", "--tb=short"),
+        240,
+    ),
     "experts": Step(
         "the routed experts of a mixture against the capture of the engine",
         "pytest",
@@ -84,7 +91,7 @@ STEPS = {
         300,
     ),
     "engine": Step(
-        "engines in programs: memory that tags free, tensors of the card, an adapter",
+        "engines in programs: memory that tags free, tensors and handles of the card, an adapter",
         "pytest",
         pytest_of(("tests/test_engine.py",), "not actor"),
         540,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 
@@ -279,6 +280,23 @@ def test_on_a_card() -> None:
     assert observed["adapter"] == [True, True]
     assert "did not start" in observed["too little memory"]
     assert observed["children"] == []
+    check_end(observed)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CPU has no CUDA IPC")
+@pytest.mark.skipif(
+    find_spec("checkpoint_engine") is None, reason="the package checkpoint-engine is not installed"
+)
+def test_weights_from_a_parameter_server() -> None:
+    observed = program("takes_handles", spawns=True)
+    new, old = observed["expected"]
+    assert new != old
+    (success, _), ids, version, label = observed["updated"]
+    assert success
+    assert (ids, version, label) == (new, "new", "new")
+    (success, message), ids, label = observed["refused"]
+    assert not success and "GPU-of-nobody" in message
+    assert (ids, label) == (new, "new")
     check_end(observed)
 
 

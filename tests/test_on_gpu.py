@@ -24,6 +24,7 @@ SELECTED = {
     "contract": MODES,
     "trainer": TRAINER_TESTS,
     "soak": ("lose_no_id",),
+    "transfer": ("test_kv_transfer",),
     "experts": ("test_routed_experts",),
     "engine": ("test_engine",),
 }

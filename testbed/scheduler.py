@@ -403,7 +403,8 @@ class EnginelessServer(Server):
         command += ["--model-path", str(tiny_model_path())]
         command += ["--device=cpu", "--attention-backend=torch_native", "--skip-server-warmup"]
         command += ["--disable-overlap-schedule", "--max-total-tokens=65536", *flags]
-        paths = [str(package) if package else os.environ.get("PYTHONPATH"), str(ROOT)]
+        # What the package imports may be there as well.
+        paths = [str(package) if package else None, os.environ.get("PYTHONPATH"), str(ROOT)]
         env = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         log = f"engineless-{re.sub(r'[^a-z0-9]+', '-', name)}"
         with theirs:

@@ -1323,6 +1323,13 @@ MUTANTS: dict[str, Mutant] = {
         "if False:",
         [TEST_ENGINE, "-k", "anywhere and slowly and not overlap"],
     ),
+    "several-choices-of-one-room": Mutant(
+        "C1",
+        TOKENS,
+        "elif sampling_params.n > 1:",
+        "elif False:",
+        [TOKENS_IN_OUT, "-k", "kv_transfer"],
+    ),
     "only-one-caller-of-a-loop-is-woken": Mutant(
         "engine",
         ENGINE_CALLS,

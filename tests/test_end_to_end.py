@@ -562,8 +562,8 @@ def test_the_default_leaves_echo_with_logprobs(server: Server, streamed: bool) -
 
     plain = answer(return_token_ids=False)
     assert plain[0] == 200 and "error" not in repr(plain) and "token_ids" not in repr(plain)
-    # A stream is cut into chunks differently from time to time.
-    assert any(answer() == plain for _ in range(TRIES))
+    # A stream is cut into chunks differently from time to time, and either may be.
+    assert any(answer() == answer(return_token_ids=False) for _ in range(TRIES))
     asking = answer(return_token_ids=True)
     if IS_NATIVE:
         assert asking[0] == 200 and "token_ids" in repr(asking)

@@ -662,11 +662,9 @@ MUTANTS: dict[str, Mutant] = {
     "the-next-bucket-in-place-of-this-one": Mutant(
         "C1",
         BROADCAST,
-        "        flattened = bucket.wait()\n        del bucket\n"
-        "        next_metadata = receive_announcement(header)\n",
-        "        flattened = bucket.wait()\n        del bucket\n"
-        "        next_metadata = receive_announcement(header)\n"
-        "        metadata = next_metadata or metadata\n",
+        "next_metadata = receive_announcement(header)",
+        "next_metadata = receive_announcement(header)\n"
+        "        metadata = next_metadata or metadata",
         [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
     ),
     "requests-while-paused": Mutant(
@@ -1218,9 +1216,16 @@ MUTANTS: dict[str, Mutant] = {
         "for source in (*(",
         [TEST_LOGITS, "-k", "packages_register"],
     ),
+    "several-choices-of-one-room": Mutant(
+        "C1",
+        TOKENS,
+        "elif sampling_params.n > 1:",
+        "elif False:",
+        [TOKENS_IN_OUT, "-k", "kv_transfer"],
+    ),
     "deltas-without-a-stream": Mutant(
         "C9",
-        "srt/entrypoints/openai/serving_tokens.py",
+        TOKENS,
         "sampling_params.output_kind == 1 and not request.stream",
         "False",
         [TOKENS_IN_OUT, "-k", "deltas_need"],
@@ -1322,13 +1327,6 @@ MUTANTS: dict[str, Mutant] = {
         "if room is not None:",
         "if False:",
         [TEST_ENGINE, "-k", "anywhere and slowly and not overlap"],
-    ),
-    "several-choices-of-one-room": Mutant(
-        "C1",
-        TOKENS,
-        "elif sampling_params.n > 1:",
-        "elif False:",
-        [TOKENS_IN_OUT, "-k", "kv_transfer"],
     ),
     "only-one-caller-of-a-loop-is-woken": Mutant(
         "engine",

@@ -648,23 +648,29 @@ MUTANTS: dict[str, Mutant] = {
     "a-bucket-not-sent-in-full": Mutant(
         "C1",
         BROADCAST,
-        "self._begin(flattened)]",
-        "self._begin(flattened.clone().zero_())]",
+        "FlattenedTensorBucket(small).get_flattened_tensor()",
+        "FlattenedTensorBucket(small).get_flattened_tensor().zero_()",
         [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
     ),
-    "announcements-cut-off": Mutant(
+    "a-large-tensor-in-the-place-of-small-ones": Mutant(
         "C1",
         BROADCAST,
-        "            parts.append(message[_HEADER_BYTES:])",
-        "            parts.append(bytes(len(message) - _HEADER_BYTES))",
+        "starts = {True: 0, False: num_large_bytes}",
+        "starts = {True: 0, False: 0}",
+        [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
+    ),
+    "announcements-too-long": Mutant(
+        "C1",
+        BROADCAST,
+        "is_full = num_announced > _ANNOUNCEMENT_BYTES or num_bytes > max_bytes",
+        "is_full = num_bytes > max_bytes",
         [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
     ),
     "the-next-bucket-in-place-of-this-one": Mutant(
         "C1",
         BROADCAST,
-        "next_metadata = receive_announcement(header)",
-        "next_metadata = receive_announcement(header)\n"
-        "        metadata = next_metadata or metadata",
+        "yield from before.unpack()",
+        "yield from (bucket or before).unpack()",
         [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
     ),
     "requests-while-paused": Mutant(

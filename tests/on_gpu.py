@@ -32,6 +32,7 @@ TRAINER_TESTS = (
     "test_a_folder",
     "resume_during",
     "gives_memory_back",
+    "what_is_sent",
 )
 # To stop the servers of a step that is interrupted.
 GRACE_S = 20.0
@@ -69,7 +70,10 @@ STEPS = {
     "trainer": Step(
         "weights over NCCL, as a whole or not at all, a trainer that is gone, and sleep",
         "pytest",
-        pytest_of(("tests/test_trainer_routes.py",), " or ".join(TRAINER_TESTS)),
+        pytest_of(
+            ("tests/test_trainer_routes.py", "tests/test_all_or_nothing.py"),
+            " or ".join(TRAINER_TESTS),
+        ),
         540,
     ),
     "soak": Step(

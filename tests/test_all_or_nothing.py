@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import requests
 
 from testbed.client import PROMPT, control, fresh
-from testbed.server import Server
+from testbed.server import ON_GPU, Server
 from testbed.tiny_model import tiny_model_path
 from tools.verify import reserve_port
 
@@ -99,7 +100,7 @@ def update_on(rank: int, port: int, error_on: int | None, fails_on: int | None) 
 def weights_of_odd_sizes() -> dict[str, Any]:
     """Weights that do not all begin where their dtype is aligned when they are put in a row.
 
-    So many that telling of them takes more than 64 KiB.
+    So many that announcing them takes more than 64 KiB.
     """
     import torch
 
@@ -116,24 +117,37 @@ def weights_of_odd_sizes() -> dict[str, Any]:
     }
 
 
-def broadcast_on(rank: int, port: int, bucket: int) -> tuple[list[tuple[str, Any]], str | None]:
-    """Send weights as rank 0, or receive them.
+def broadcast_on(
+    rank: int, port: int, bucket: int, min_large: int | None, has_room: bool
+) -> tuple[list[tuple[str, Any]], str | None]:
+    """Send weights as rank 0, or receive them. Each rank has its own card, or all the CPU.
+
+    Args:
+        min_large: From how many bytes on a tensor is sent as it is, or None for the default.
+        has_room: Whether the receiver finds room for a bucket beside others.
 
     Returns:
         The weights, and what is left of the setting of a group of NCCL.
     """
+    import torch
     import torch.distributed as dist
-    from sglang.srt.weight_sync.broadcast import WeightBroadcaster, join, receive_weights
+    from sglang.srt.weight_sync import broadcast
 
+    changes: dict[str, Any] = {"_MIN_LARGE_BYTES": min_large or broadcast._MIN_LARGE_BYTES}
+    if not has_room:
+        changes["has_room"] = lambda *_: False
+    device = f"cuda:{rank}" if ON_GPU and torch.cuda.device_count() > 1 else "cpu"
     weights = list(weights_of_odd_sizes().items())
-    if rank == 0:
-        broadcaster = WeightBroadcaster("127.0.0.1", port, 1, 60, "cpu")
-        broadcaster.send(weights, max_bucket_bytes=bucket)
-        broadcaster.close()
-    else:
-        group = join("127.0.0.1", port, rank, 2, 60, "cpu")
-        weights = list(receive_weights(group, "cpu"))
-        dist.destroy_process_group(group)
+    with mock.patch.multiple(broadcast, **changes):
+        if rank == 0:
+            broadcaster = broadcast.WeightBroadcaster("127.0.0.1", port, 1, 60, device)
+            broadcaster.send(weights, max_bucket_bytes=bucket)
+            broadcaster.close()
+        else:
+            group = broadcast.join("127.0.0.1", port, rank, 2, 60, device)
+            received = list(broadcast.receive_weights(group, device))
+            weights = [(name, tensor.cpu()) for name, tensor in received]
+            dist.destroy_process_group(group)
     return weights, os.environ.get("TORCH_NCCL_BLOCKING_WAIT")
 
 
@@ -175,12 +189,25 @@ def test_what_fails_on_one_rank_is_undone_on_all(ranks: Any, rank: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("bucket", [1, 40, 1_000_000])
-def test_what_is_sent_is_received(processes: Any, bucket: int) -> None:
+@pytest.mark.parametrize(
+    ("bucket", "min_large", "has_room"),
+    [
+        (1, None, True),
+        (40, None, True),
+        (1_000_000, None, True),
+        # Some of a bucket are large, some are not, and all but one are.
+        (40, 20, True),
+        (1_000_000, 20, True),
+        (1_000_000, 4, False),
+    ],
+)
+def test_what_is_sent_is_received(
+    processes: Any, bucket: int, min_large: int | None, has_room: bool
+) -> None:
     import torch
 
     port = reserve_port()
-    jobs = [(rank, port, bucket) for rank in RANKS]
+    jobs = [(rank, port, bucket, min_large, has_room) for rank in RANKS]
     (sent, left), (received, also_left) = processes.starmap(broadcast_on, jobs, chunksize=1)
     assert [name for name, _ in received] == [name for name, _ in sent]
     for (name, tensor), (_, other) in zip(sent, received):

@@ -284,6 +284,7 @@ if ON_GPU:
             ("--enable-trainer-routes", "--enable-memory-saver", "--enable-weights-cpu-backup")
         ),
         "trainer_deep_sleep": Mode(("--enable-trainer-routes", "--enable-memory-saver")),
+        "trainer_beside": Mode(("--enable-trainer-routes", "--base-gpu-id=1"), overlap=True),
     }
     MODES |= GPU_MODES
     # A card each, and the KV cache goes from one to the other.

@@ -107,8 +107,14 @@ def broadcast(port: int, world_size: int, timeout: float, orders: Connection) ->
     from sglang.srt.weight_sync.broadcast import WeightBroadcaster
 
     orders.send("ready")
-    # The servers have the first card.
-    device = "cpu" if not ON_GPU else f"cuda:{torch.cuda.device_count() - 1}"
+    device = "cpu"
+    if ON_GPU:
+        # The first server has the first card. NCCL takes two ranks on one card only for those
+        # of two hosts.
+        num_cards = torch.cuda.device_count()
+        device = f"cuda:{num_cards - 1}"
+        if world_size >= num_cards:
+            os.environ["NCCL_HOSTID"] = "trainer"
     broadcaster = WeightBroadcaster("127.0.0.1", port, world_size, timeout, device)
     while True:
         seed, fault = orders.recv()

@@ -34,6 +34,7 @@ TRAINER_TESTS = (
     "gives_memory_back",
     "what_is_sent",
 )
+RANKS_TESTS = ("to_two_servers", "all_ranks", "size_of_the_world")
 # To stop the servers of a step that is interrupted.
 GRACE_S = 20.0
 
@@ -76,8 +77,15 @@ STEPS = {
         ),
         540,
     ),
+    "ranks": Step(
+        "weights over NCCL to servers on both cards, and to both ranks of one",
+        "pytest",
+        pytest_of(("tests/test_trainer_routes.py",), " or ".join(RANKS_TESTS)),
+        300,
+    ),
     "soak": Step(
-        "10^6 streamed ids, hang-ups and aborts among them, while weights change ten times",
+        "10^6 streamed ids, hang-ups and aborts among them, while weights change ten times; and "
+        "fewer of servers on both cards",
         "pytest",
         pytest_of(("tests/test_trainer_routes.py",), "lose_no_id"),
         540,

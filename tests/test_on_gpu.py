@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from testbed.release import PINS, ROOT, UPSTREAM
-from tests.on_gpu import MODES, STEPS, TRAINER_TESTS, Step, run
+from tests.on_gpu import MODES, RANKS_TESTS, STEPS, TRAINER_TESTS, Step, run
 
 pytestmark = [
     pytest.mark.full,
@@ -23,6 +23,7 @@ pytestmark = [
 SELECTED = {
     "contract": MODES,
     "trainer": TRAINER_TESTS,
+    "ranks": RANKS_TESTS,
     "soak": ("lose_no_id",),
     "transfer": ("test_kv_transfer",),
     "experts": ("test_routed_experts",),

@@ -42,13 +42,14 @@ from testbed.trainer import BAD_PARAMETER, Trainer
 from tools.verify import reserve_port
 
 trainer_mode = pytest.mark.parametrize("server", ["trainer"], indirect=True)
-two_ranks = pytest.mark.skipif(
-    ON_GPU, reason="NCCL wants a card for each rank, and the test bed gives the servers one"
-)
 SHORT = 32
-# How many ids to how many clients in how many processes, and of a request.
-ON_CPU_LOAD = (12_000, 8, 1, 60)
-ON_GPU_LOAD = (1_000_000, 64, 8, 300)
+# How many ids to how many clients in how many processes, and of a request, by the number of
+# servers.
+LOADS = (
+    {1: (1_000_000, 64, 8, 300), 2: (500_000, 64, 8, 300)}
+    if ON_GPU
+    else {1: (12_000, 8, 1, 60), 2: (30_000, 8, 2, 60)}
+)
 NUM_UPDATES = 10
 SECONDS_BETWEEN_UPDATES = 0.5
 # By when the watchdog of NCCL has ended a process where a broadcast has failed.
@@ -171,25 +172,35 @@ def by_seed(servers: ServerPool) -> dict[int, list[int]]:
 def first_weights(server: Server) -> Iterator[None]:
     yield
     if server.name == "trainer":
-        # Stock's update ends the server if a test that failed has left a request.
-        control(server, "/pause", mode="abort")
-        control(server, "/resume")
-        flush_cache(server.url)
-        path = str(tiny_model_path())
-        assert control(server, "/update_weights_from_disk", model_path=path).ok
-        assert control(server, "/update_weight_version", new_version="default").ok
+        restore(server)
+
+
+def restore(server: Server) -> None:
+    """Have no requests and the first weights again."""
+    # Stock's update ends the server if a test that failed has left a request.
+    control(server, "/pause", mode="abort")
+    control(server, "/resume")
+    flush_cache(server.url)
+    path = str(tiny_model_path())
+    assert control(server, "/update_weights_from_disk", model_path=path).ok
+    assert control(server, "/update_weight_version", new_version="default").ok
+
+
+def with_another(server: Server, servers: ServerPool) -> list[Server]:
+    """Return a server and another one: on GPUs, it has the card that the trainer has."""
+    another = servers.get("trainer_beside" if ON_GPU else "weights")
+    restore(another)
+    return [server, another]
 
 
 @trainer_mode
-@two_ranks
 def test_a_broadcast_to_two_servers(
     server: Server, servers: ServerPool, by_seed: dict[int, list[int]]
 ) -> None:
-    pair = [server, servers.get("weights")]
+    pair = with_another(server, servers)
     trainer = join(pair)
     try:
         for server in pair:
-            assert control(server, "/update_weight_version", new_version="default").ok
             assert fresh(server, PROMPT, SHORT) == by_seed[0]
         running = [Running(server, GENERATE, max_tokens=NUM_TOKENS) for server in pair]
         for stream in running:
@@ -233,12 +244,17 @@ def test_a_broadcast_to_two_servers(
 
 @trainer_mode
 @pytest.mark.full
+@pytest.mark.parametrize("num_servers", LOADS)
 @pytest.mark.clause("C2", "C3", "C5")
-def test_clients_lose_no_id_by_updates(server: Server, by_seed: dict[int, list[int]]) -> None:
+def test_clients_lose_no_id_by_updates(
+    server: Server, servers: ServerPool, by_seed: dict[int, list[int]], num_servers: int
+) -> None:
     """Requests of every kind, hang-ups and aborts, and a bad update among the good ones."""
-    num_ids, clients, processes, tokens = ON_GPU_LOAD if ON_GPU else ON_CPU_LOAD
-    each = [EngineClients(server.port, i * 1_000_000) for i in range(processes)]
-    trainer = join([server])
+    own = with_another(server, servers) if num_servers == 2 else [server]
+    num_ids, clients, processes, tokens = LOADS[num_servers]
+    ports = [own[i % num_servers].port for i in range(processes)]
+    each = [EngineClients(port, i * 1_000_000) for i, port in enumerate(ports)]
+    trainer = join(own)
     try:
         pipes = start_clients(each, clients, num_ids, tokens)
         for step in range(1, NUM_UPDATES + 1):
@@ -247,11 +263,11 @@ def test_clients_lose_no_id_by_updates(server: Server, by_seed: dict[int, list[i
             assert not early, f"{early} after {step - 1} updates"
             if step == NUM_UPDATES // 2:
                 trainer.send(0, "wrong_shape")
-                [answer] = update([server], weight_version="never")
-                assert answer.status_code == 400, answer.text
+                answers = update(own, weight_version="never")
+                assert all(x.status_code == 400 for x in answers), [x.text for x in answers]
             trainer.send(step % 2)
-            [answer] = update([server], weight_version=str(step))
-            assert answer.ok, answer.text
+            answers = update(own, weight_version=str(step))
+            assert all(x.ok for x in answers), [x.text for x in answers]
         results = []
         for pipe in pipes:
             results.append(pipe.recv())
@@ -265,7 +281,8 @@ def test_clients_lose_no_id_by_updates(server: Server, by_seed: dict[int, list[i
     assert reasons["abort: abort"] > 0 or FAILS_ABORTED_STREAMS
     assert reasons["hang up: None"] > 0
     assert by_version.keys() == {"default", *map(str, range(1, NUM_UPDATES + 1))}
-    assert fresh(server, PROMPT, SHORT) == by_seed[NUM_UPDATES % 2]
+    for server in own:
+        assert fresh(server, PROMPT, SHORT) == by_seed[NUM_UPDATES % 2]
 
 
 @trainer_mode
@@ -323,7 +340,6 @@ def test_a_trainer_that_is_gone(server: Server, by_seed: dict[int, list[int]], f
         trainer.stop()
 
 
-@two_ranks
 @pytest.mark.parametrize("by_rank", [False, True])
 @pytest.mark.parametrize("server", ["trainer_tp"], indirect=True)
 def test_all_ranks_of_a_server_or_none(server: Server, by_rank: bool) -> None:
@@ -991,7 +1007,6 @@ def test_requests_count_by_their_paths(server: Server, endpoint: str) -> None:
     assert f'sglang:http_requests_total{{endpoint="{endpoint}"' in text
 
 
-@two_ranks
 @pytest.mark.parametrize("server", ["trainer_tp", "trainer_dp"], indirect=True)
 def test_the_size_of_the_world(server: Server) -> None:
     sizes = [

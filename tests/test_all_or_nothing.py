@@ -195,7 +195,7 @@ def test_what_fails_on_one_rank_is_undone_on_all(ranks: Any, rank: int) -> None:
         (1, None, True),
         (40, None, True),
         (1_000_000, None, True),
-        # Some of a bucket are large, some are not, and all but one are.
+        # Some of a bucket are large and some are not, and then all but the two smallest are.
         (40, 20, True),
         (1_000_000, 20, True),
         (1_000_000, 4, False),

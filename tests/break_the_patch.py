@@ -641,7 +641,7 @@ MUTANTS: dict[str, Mutant] = {
     "views-not-aligned": Mutant(
         "C1",
         BROADCAST,
-        "if x.start_idx % x.dtype.itemsize:",
+        "if data.storage_offset() % x.dtype.itemsize:",
         "if False:",
         [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
     ),
@@ -655,15 +655,15 @@ MUTANTS: dict[str, Mutant] = {
     "a-large-tensor-in-the-place-of-small-ones": Mutant(
         "C1",
         BROADCAST,
-        "starts = {True: 0, False: num_large_bytes}",
-        "starts = {True: 0, False: 0}",
+        "sorted(announced, key=lambda x: not _is_large(x.num_bytes))",
+        "announced",
         [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
     ),
     "announcements-too-long": Mutant(
         "C1",
         BROADCAST,
-        "is_full = num_announced > _ANNOUNCEMENT_BYTES or num_bytes > max_bytes",
-        "is_full = num_bytes > max_bytes",
+        "num_announced + len(entry) + 1 > _ANNOUNCEMENT_BYTES",
+        "False",
         [TEST_ALL_OR_NOTHING, "-k", "test_what_is_sent"],
     ),
     "the-next-bucket-in-place-of-this-one": Mutant(

@@ -209,11 +209,22 @@ def test_what_is_sent_is_received(
     port = reserve_port()
     jobs = [(rank, port, bucket, min_large, has_room) for rank in RANKS]
     (sent, left), (received, also_left) = processes.starmap(broadcast_on, jobs, chunksize=1)
-    assert [name for name, _ in received] == [name for name, _ in sent]
-    for (name, tensor), (_, other) in zip(sent, received):
-        assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
+    assert sorted(name for name, _ in received) == sorted(name for name, _ in sent)
+    others = dict(received)
+    for name, tensor in sent:
+        assert tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]), name
     # It is for the group alone.
     assert left is None and also_left is None
+
+
+def test_what_cannot_be_announced() -> None:
+    import torch
+    from sglang.srt.weight_sync.broadcast import WeightBroadcaster
+
+    broadcaster = WeightBroadcaster("127.0.0.1", reserve_port(), 0, 60, "cpu")
+    with pytest.raises(ValueError, match=r"long.* takes more than the 65536 bytes"):
+        broadcaster.send([("long" * 20_000, torch.empty(1))])
+    broadcaster.close()
 
 
 def in_place(layer: Any) -> None:

@@ -28,7 +28,8 @@ HOOKS = [
     ["codespell"],
 ]
 # Of pytest, for tests that are in no package.
-IN_ONE_PROCESS = ["-q", "-c", os.devnull, "-p", "no:cacheprovider", "--import-mode=importlib"]
+IN_ONE_PROCESS = ["-q", "-c", os.devnull, "--rootdir=.", "-p", "no:cacheprovider"]
+IN_ONE_PROCESS += ["--import-mode=importlib"]
 # Tests that ran, or that import a module which the change adds: with it, they pass.
 FAILS = re.compile(r"^Ran |^ModuleNotFoundError: No module named 'sglang\.", re.MULTILINE)
 

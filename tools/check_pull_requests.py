@@ -87,7 +87,7 @@ def make_worktree(tree: Path, name: str, base: str) -> Path:
     """
     path = tree.with_name(name)
     if not path.exists():
-        git(tree, "worktree", "add", "--quiet", "--detach", str(path), base)
+        git(tree, "worktree", "add", "--quiet", "--no-checkout", "--detach", str(path))
     git(path, "checkout", "--quiet", "--force", "--detach", base)
     git(path, "clean", "--quiet", "--force", "-d", "--exclude=__pycache__")
     return path

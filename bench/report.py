@@ -69,8 +69,9 @@ NOTES = {
     "weight_broadcast": (
         "Over NCCL from one GPU to another: bytes as they are, and as `WeightBroadcaster` "
         "announces them in buckets. Then updates of a server while clients stream: the longest "
-        "time in which none of them got a token (`silent`), and how long the request for the "
-        "update took. `no update` is the longest time without a token in a second before."
+        "time in which none of them got a token (`silent`), from the call on until the first token "
+        "after the answer, and how long the request for the update took. `silent, no update` is "
+        "the longest time without a token in an equally long time without an update."
     ),
     "logit_processors": (
         "The softmax of a batch in which each request has an `action_mask`, and the masks before "

@@ -1,11 +1,11 @@
 """How fast weights reach a server by broadcast, and for how long it is silent.
 
 Two processes broadcast random weights over the group of `WeightBroadcaster`: as they are, and
-announced in buckets. Then a trainer updates a server while clients stream, and what counts is
-the longest time in which none of them gets a token. Over NCCL with TEST_DEVICE=cuda, from the
-last card to the first, and over gloo on a CPU.
+announced in buckets. Then a trainer updates a server of each of `--models` while clients stream,
+and what counts is the longest time in which none of them gets a token. Over NCCL with
+TEST_DEVICE=cuda, from the last card to the first, and over gloo on a CPU.
 
-    python -m bench.weight_broadcast [--rounds 5] [--clients 64] [--json FILE]
+    python -m bench.weight_broadcast [--rounds 5] [--clients 64] [--models 1b,7b] [--json FILE]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import math
 import multiprocessing
@@ -21,7 +22,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -37,12 +38,19 @@ from testbed.tiny_model import MODELS, tiny_model_path
 from tools.verify import reserve_port
 
 MIB = 1024 * 1024
-# The shape of a layer: 1.2 B parameters on a GPU.
-LAYERS, HIDDEN, INTERMEDIATE, HEADS = (24, 2048, 5504, 16) if ON_GPU else (4, 256, 512, 4)
+# Layers, their sizes, and heads of queries and of keys. The vocabulary is a small one.
+SHAPES = {
+    "tiny": (4, 256, 512, 4, 4),
+    "1b": (24, 2048, 5504, 16, 16),
+    "7b": (32, 4096, 14336, 32, 8),
+}
+DEFAULT_SHAPE = "1b" if ON_GPU else "tiny"
 TRANSPORT_MIB = 4096 if ON_GPU else 64
 BUCKETS_MIB = "512,1024" if ON_GPU else "16"
 TENSOR_MIB = 32 if ON_GPU else 4
 TOKENS = 400
+STREAM_INTERVAL = 8
+PAUSE_S = 0.5
 TIMEOUT_S = 120.0
 FIRST, LAST = ("cuda:0", f"cuda:{torch.cuda.device_count() - 1}") if ON_GPU else ("cpu", "cpu")
 BARE, ANNOUNCED = "broadcast as it is", "WeightBroadcaster"
@@ -131,11 +139,12 @@ def measure_transport(total: int, buckets: list[int], rounds: int) -> list[Row]:
     return rows
 
 
-def large_model(seed: int) -> Path:
-    """Return the folder of a random model whose weights take a while to send."""
-    path = MODELS / f"large-seed-{seed}"
+def random_model(shape: str, seed: int) -> Path:
+    """Return the folder of a random model of one of `SHAPES`."""
+    path = MODELS / f"large-{shape}-seed-{seed}"
     if path.exists():
         return path
+    from sglang.srt.model_loader.utils import set_default_torch_dtype
     from transformers import LlamaConfig, LlamaForCausalLM
 
     unfinished = path.with_name(f"{path.name}.part")
@@ -144,35 +153,41 @@ def large_model(seed: int) -> Path:
     tiny = json.loads((unfinished / "config.json").read_text())
     torch.manual_seed(seed)
     names = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
+    layers, hidden, intermediate, heads, key_value_heads = SHAPES[shape]
     config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
         dtype=torch.bfloat16,
         **{name: tiny[name] for name in names},
     )
-    with torch.device(LAST):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    with torch.device(LAST), set_default_torch_dtype(torch.bfloat16):
+        model = LlamaForCausalLM(config)
     model.save_pretrained(unfinished, max_shard_size="100GB")
+    del model
+    torch.cuda.empty_cache()
     unfinished.rename(path)
     return path
 
 
-class LargeServer(Server):
-    def __init__(self) -> None:
-        command = ["sglang.launch_server", "--model-path", str(large_model(0)), *BASE_FLAGS]
-        command += ["--enable-trainer-routes"]
-        self._start("large", "large", command, {"TEST_FORK": "0"})
+class RandomServer(Server):
+    def __init__(self, shape: str) -> None:
+        path = str(random_model(shape, 0))
+        command = ["sglang.launch_server", "--model-path", path, *BASE_FLAGS]
+        # What reads the streams keeps up with chunks of several tokens.
+        command += ["--enable-trainer-routes", f"--stream-interval={STREAM_INTERVAL}"]
+        self._start(shape, shape, command, {"TEST_FORK": "0"})
 
 
-def run_trainer(port: int, pipe: Connection) -> None:
+def run_trainer(port: int, shape: str, pipe: Connection) -> None:
     """Broadcast the weights of each seed that comes."""
     from safetensors.torch import load_file
     from sglang.srt.weight_sync.broadcast import WeightBroadcaster
 
-    weights = [load_file(large_model(seed) / "model.safetensors", LAST) for seed in range(2)]
+    paths = [random_model(shape, seed) / "model.safetensors" for seed in range(2)]
+    weights = [load_file(path, LAST) for path in paths]
     pipe.send(sum(tensor.nbytes for tensor in weights[0].values()))
     broadcaster = WeightBroadcaster("127.0.0.1", port, 1, TIMEOUT_S, LAST)
     while (seed := pipe.recv()) is not None:
@@ -183,14 +198,14 @@ class Clients:
     """Streams without end, in a thread.
 
     Attributes:
-        longest: For how long none of them got anything, in seconds.
+        longest: For how long none of them got a token, in seconds.
     """
 
     def __init__(self, port: int, clients: int):
-        body = {**body_for(COMPLETIONS, TOKENS), "stream": True}
-        self.request = make_request(port, COMPLETIONS, body)
+        # They do not all end at once, nor get their chunks at once.
+        bodies = [{**body_for(COMPLETIONS, TOKENS + i), "stream": True} for i in range(clients)]
+        self.requests = [make_request(port, COMPLETIONS, body) for body in bodies]
         self.port = port
-        self.clients = clients
         self.last = time.monotonic()
         self.longest = 0.0
         self.num_chunks = 0
@@ -198,15 +213,15 @@ class Clients:
         self.thread = threading.Thread(target=lambda: asyncio.run(self.run()))
 
     async def run(self) -> None:
-        async def one() -> None:
+        async def one(request: bytes) -> None:
             while not self.stops:
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-                writer.write(self.request)
+                writer.write(request)
                 while data := await reader.read(1 << 16):
                     self.see(data.count(b"token_ids"))
                 writer.close()
 
-        await asyncio.gather(*(one() for _ in range(self.clients)))
+        await asyncio.gather(*map(one, self.requests))
 
     def see(self, chunks: int) -> None:
         if chunks:
@@ -215,8 +230,19 @@ class Clients:
             self.last = now
             self.num_chunks += chunks
 
-    def watch(self) -> None:
-        self.last, self.longest = time.monotonic(), 0.0
+    def watch(self, action: Callable[[], None]) -> tuple[float, float]:
+        """Return how long an action took, and the longest time without a token meanwhile.
+
+        One that had begun before counts as a whole, and so does one that lasts longer.
+        """
+        self.longest = 0.0
+        start = time.monotonic()
+        action()
+        seconds = time.monotonic() - start
+        before = self.num_chunks
+        while self.num_chunks == before:
+            time.sleep(0.0002)
+        return seconds, self.longest
 
     def __enter__(self) -> Clients:
         self.thread.start()
@@ -228,12 +254,12 @@ class Clients:
 
 
 @contextlib.contextmanager
-def joined_trainer(server: Server) -> Iterator[tuple[Connection, int]]:
+def joined_trainer(server: Server, shape: str) -> Iterator[tuple[Connection, int]]:
     """Start a trainer and have a server join it. Yields where to send seeds, and bytes."""
     context = multiprocessing.get_context("spawn")
     port = reserve_port()
     ours, theirs = context.Pipe()
-    process = context.Process(target=run_trainer, args=(port, theirs), daemon=True)
+    process = context.Process(target=run_trainer, args=(port, shape, theirs), daemon=True)
     process.start()
     try:
         num_bytes = ours.recv()
@@ -246,8 +272,8 @@ def joined_trainer(server: Server) -> Iterator[tuple[Connection, int]]:
         process.join()
 
 
-def measure_updates(clients: int, rounds: int, rates: list[float]) -> list[Row]:
-    """Update a server again and again.
+def measure_updates(shape: str, clients: int, rounds: int, rates: list[float]) -> list[Row]:
+    """Update a server of a model of one of `SHAPES` again and again.
 
     Args:
         rates: Of a bare broadcast in GB/s, one for each round.
@@ -255,32 +281,33 @@ def measure_updates(clients: int, rounds: int, rates: list[float]) -> list[Row]:
     silent: dict[str, list[float]] = {KEPT: [], CLEARED: []}
     whole: dict[str, list[float]] = {KEPT: [], CLEARED: []}
     without = []
-    with LargeServer() as server, joined_trainer(server) as (seeds, num_bytes):
+    with RandomServer(shape) as server, joined_trainer(server, shape) as (seeds, num_bytes):
+
+        def update(seed: int, name: str) -> None:
+            seeds.send(seed)
+            fields = {"skip_prefix_cache_reset": name == KEPT}
+            answer = requests.post(f"{server.url}/update_weights", json=fields, timeout=TIMEOUT_S)
+            answer.raise_for_status()
+
         with Clients(server.port, clients) as streams:
             # The first update connects the two.
             for round_ in range(1 + rounds):
                 for name in silent:
-                    time.sleep(1)
-                    streams.watch()
-                    time.sleep(1)
-                    without.append(streams.longest)
-                    streams.watch()
-                    start = time.monotonic()
-                    seeds.send((round_ + 1) % 2)
-                    fields = {"skip_prefix_cache_reset": name == KEPT}
-                    answer = requests.post(
-                        f"{server.url}/update_weights", json=fields, timeout=TIMEOUT_S
+                    time.sleep(PAUSE_S)
+                    seconds, longest = streams.watch(
+                        functools.partial(update, (round_ + 1) % 2, name)
                     )
-                    answer.raise_for_status()
-                    seconds = time.monotonic() - start
-                    time.sleep(1)
+                    time.sleep(PAUSE_S)
+                    _, longest_without = streams.watch(functools.partial(time.sleep, seconds))
                     if round_:
-                        silent[name].append(streams.longest)
                         whole[name].append(seconds)
+                        silent[name].append(longest)
+                    if round_ and name == KEPT:
+                        without.append(longest_without)
     base = [num_bytes / 1e9 / rate for rate in rates]
     found = {
         "broadcast alone": base,
-        "no update": without[-rounds:],
+        "silent, no update": without,
         **{f"silent, {name}": values for name, values in silent.items()},
         **{f"answered, {name}": values for name, values in whole.items()},
     }
@@ -299,21 +326,32 @@ def main() -> int:
     parser.add_argument(
         "--buckets", type=integers, default=BUCKETS_MIB, help=f"in MiB (default: {BUCKETS_MIB})"
     )
+    parser.add_argument(
+        "--models",
+        type=lambda value: value.split(","),
+        default=[DEFAULT_SHAPE],
+        help=f"some of {', '.join(SHAPES)} (default: {DEFAULT_SHAPE})",
+    )
     parser.add_argument("--transport-only", action="store_true", help="start no server")
     parser.add_argument("--machine", help="what runs it, for the report")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
+    if unknown := [x for x in args.models if x not in SHAPES]:
+        parser.error(f"--models has {unknown[0]!r}, and takes some of {', '.join(SHAPES)}")
     # As servers have it: NCCL fails where the ranks of a group do not agree.
     os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
-    rows = measure_transport(args.mib * MIB, [x * MIB for x in args.buckets], args.rounds)
-    for own in groups(rows).values():
-        print_rows(own)
-    if not args.transport_only:
-        found = measure_updates(args.clients, args.rounds, rows[0].values)
-        print_rows(found)
-        rows += found
-    if args.json:
-        write_results(args.json, rows, args.machine)
+    rows: list[Row] = []
+
+    def keep(found: list[Row]) -> None:
+        for own in groups(found).values():
+            print_rows(own)
+        rows.extend(found)
+        if args.json:
+            write_results(args.json, rows, args.machine)
+
+    keep(measure_transport(args.mib * MIB, [x * MIB for x in args.buckets], args.rounds))
+    for shape in [] if args.transport_only else args.models:
+        keep(measure_updates(shape, args.clients, args.rounds, rows[0].values))
     return 0
 
 

@@ -111,8 +111,12 @@ STEPS = {
     "broadcast": Step(
         "weights in buckets of several sizes against a bare broadcast, and the silence",
         "bench.weight_broadcast",
-        ("--buckets=128,256,512,1024", f"--json={RESULTS}/weight_broadcast-{UPSTREAM}.json"),
-        300,
+        (
+            "--rounds=10",
+            "--buckets=128,256,512,1024",
+            f"--json={RESULTS}/weight_broadcast-{UPSTREAM}.json",
+        ),
+        400,
     ),
     "processors": Step(
         "a step of sampling with 1 to 128 different masks",

@@ -97,6 +97,7 @@ def test_the_report_builds(results: Path, tmp_path: Path, server: str) -> None:
         ("whole_server", ["--stock", "http://localhost:1"], ["--stock", "--patched"]),
         ("whole_server", ["--clients", "x"], ["--clients", "'x'"]),
         ("weight_broadcast", ["--buckets", "x"], ["--buckets", "'x'"]),
+        ("weight_broadcast", ["--models", "1b,9b"], ["--models", "'9b'", "1b, 7b"]),
         ("logit_processors", ["--masks=1,200"], ["--masks", "1 to 128"]),
         ("http_process", ["--rates", "fast"], ["--rates", "'fast'"]),
         ("http_process", ["--variants", "stok"], ["--variants", "'stok'", "'stock'"]),

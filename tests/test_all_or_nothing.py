@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import time
@@ -20,6 +21,7 @@ from testbed.tiny_model import tiny_model_path
 from tools.verify import reserve_port
 
 RANKS = (0, 1)
+TIMEOUT_S = 180
 OLD, NEW = 1.0, 2.0
 
 
@@ -70,12 +72,13 @@ def load(
     return answer
 
 
-def update_on(rank: int, port: int, error_on: int | None, fails_on: int | None) -> Any:
+def update_on(rank: int, port: int, error_on: int | None, fails_on: int | None, error: str) -> Any:
     """Update a model of one weight as `rank`, and return the answer and the weight.
 
     Args:
         error_on: The rank where something is wrong before weights are loaded.
         fails_on: The rank where loading fails.
+        error: What is wrong.
     """
     import torch
     import torch.distributed as dist
@@ -91,8 +94,7 @@ def update_on(rank: int, port: int, error_on: int | None, fails_on: int | None) 
         if rank == fails_on:
             raise ValueError("it does not fit")
 
-    error = "it is missing" if rank == error_on else None
-    success, message = load(model, loads, error, ranks=group)
+    success, message = load(model, loads, error if rank == error_on else None, ranks=group)
     dist.destroy_process_group()
     return success, message, model.weight.item()
 
@@ -158,12 +160,20 @@ def processes() -> Any:
         yield pool
 
 
+def run(processes: Any, function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[Any]:
+    """Return what a function returns for each job, or fail if a process has ended meanwhile."""
+    found: list[Any] = processes.starmap_async(function, jobs, chunksize=1).get(TIMEOUT_S)
+    return found
+
+
 @pytest.fixture
 def ranks(processes: Any) -> Any:
-    def update(error_on: int | None = None, fails_on: int | None = None) -> list[Any]:
+    def update(
+        error_on: int | None = None, fails_on: int | None = None, error: str = "it is missing"
+    ) -> list[Any]:
         port = reserve_port()
-        jobs = [(rank, port, error_on, fails_on) for rank in RANKS]
-        return processes.starmap(update_on, jobs, chunksize=1)
+        jobs = [(rank, port, error_on, fails_on, error) for rank in RANKS]
+        return run(processes, update_on, jobs)
 
     return update
 
@@ -189,6 +199,96 @@ def test_what_fails_on_one_rank_is_undone_on_all(ranks: Any, rank: int) -> None:
 
 
 @pytest.mark.full
+def test_a_trainer_that_is_gone_for_one_rank_is_gone_for_all(ranks: Any) -> None:
+    from sglang.srt.weight_sync.all_or_nothing import TRAINER_IS_GONE
+
+    message = f"Weights were not updated: {TRAINER_IS_GONE}."
+    answers = ranks(error_on=1, fails_on=0, error=TRAINER_IS_GONE)
+    assert answers == [(False, message, OLD)] * len(RANKS)
+
+
+def update_twice(rank: int, port: int, folder: Path, fault: str | None) -> list[tuple[bool, str]]:
+    """Send a model's weights twice as rank 0, or load them and return the answers.
+
+    Args:
+        folder: The checkpoint of the model.
+        fault: What is wrong the first time.
+    """
+    import torch
+    import torch.distributed as dist
+    from safetensors.torch import load_file
+    from sglang.srt.weight_sync import broadcast
+
+    is_loaded = folder / "is_loaded"
+    weights = load_file(folder / "model.safetensors")
+    if rank == 0:
+        broadcaster = broadcast.WeightBroadcaster("127.0.0.1", port, 1, 60, "cpu")
+
+        def first() -> Iterable[tuple[str, torch.Tensor]]:
+            for i, (name, tensor) in enumerate(weights.items()):
+                deadline = time.monotonic() + 30
+                while fault is None and i == 5 and not is_loaded.exists():
+                    assert time.monotonic() < deadline, "nothing is loaded before all has come"
+                    time.sleep(0.01)
+                yield name, tensor[:1] if (fault, i) == ("shape", 2) else tensor
+
+        for named_tensors in (first(), weights.items()):
+            broadcaster.send(named_tensors, max_bucket_bytes=1)
+        broadcaster.close()
+        return []
+
+    model = torch.nn.Module()
+    for name, tensor in weights.items():
+        model.register_buffer(name, torch.full_like(tensor, OLD))
+    group = broadcast.join("127.0.0.1", port, rank, 2, 60, "cpu")
+
+    def load_weights(fails: bool, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in named_tensors:
+            if fails and name == "weight_2":
+                raise ValueError("it does not fit")
+            assert tensor.shape == (2,)
+            getattr(model, name).copy_(tensor)
+            is_loaded.touch()
+
+    answers = []
+    for current in (fault, None):
+        model.load_weights = functools.partial(load_weights, current == "loading")
+        load_format = "gguf" if current == "refused" else "auto"
+        updater = make_updater(model, path=folder, load_format=load_format)
+        answers.append(updater.update_from_trainer(group, lambda: None))
+        expected = OLD if current else NEW
+        assert all(tensor.eq(expected).all() for tensor in model.buffers())
+    dist.destroy_process_group(group)
+    return answers
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (None, "Updated 7 weights."),
+        ("loading", "parameter weight_2 could not be loaded: it does not fit"),
+        ("shape", "parameter weight_2 has the shape [1], and the model's has [2]"),
+        ("refused", "--load-format is gguf"),
+    ],
+)
+def test_weights_are_loaded_as_they_come(
+    processes: Any, tmp_path: Path, fault: str | None, message: str
+) -> None:
+    """What comes after a fault is received as well, so that the next update is in step."""
+    import torch
+    from safetensors.torch import save_file
+
+    weights = {f"weight_{i}": torch.full((2,), NEW) for i in range(7)}
+    save_file(weights, tmp_path / "model.safetensors")
+    port = reserve_port()
+    jobs = [(rank, port, tmp_path, fault) for rank in RANKS]
+    _, answers = run(processes, update_twice, jobs)
+    assert answers[0][0] == (fault is None) and message in answers[0][1]
+    assert answers[1] == (True, "Updated 7 weights.")
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("bucket", "min_large", "has_room"),
     [
@@ -208,7 +308,7 @@ def test_what_is_sent_is_received(
 
     port = reserve_port()
     jobs = [(rank, port, bucket, min_large, has_room) for rank in RANKS]
-    (sent, left), (received, also_left) = processes.starmap(broadcast_on, jobs, chunksize=1)
+    (sent, left), (received, also_left) = run(processes, broadcast_on, jobs)
     if min_large is not None:
         # These come first in their bucket, and both kinds stay in their order.
         sent.sort(key=lambda named: named[1].nbytes >= min_large)
@@ -252,6 +352,8 @@ def other_attributes(layer: Any) -> None:
     layer.quant_method.is_packed = True
     layer.weight.format_ue8m0 = True
     layer.register_parameter("weight_scale", layer.weight)
+    layer.act.register_buffer("scale", layer.table)
+    layer.table.is_scaled = True
 
 
 def removed(layer: Any) -> None:
@@ -261,15 +363,22 @@ def removed(layer: Any) -> None:
 @pytest.mark.parametrize(
     "spoil", [in_place, other_data, other_parameter, other_attributes, removed]
 )
-def test_all_that_loading_replaces_is_restored(spoil: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("block_bytes", [1, 20, 1024])
+def test_all_that_loading_replaces_is_restored(
+    spoil: Callable[[Any], None], block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same tensors are back, in the same memory, which CUDA graphs have the address of."""
     import torch
+    from sglang.srt.weight_sync import all_or_nothing
 
+    monkeypatch.setattr(all_or_nothing, "_BLOCK_BYTES", block_bytes)
     model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
     layer: Any = model[0]
     layer.weight.data.fill_(OLD)
     layer.weight.format_ue8m0 = False
     layer.register_buffer("table", torch.full((3,), OLD))
+    # Neither it nor the table has what loading may add to them.
+    layer.act = torch.nn.Identity()
     # As MLA's are, and as one that shares memory with a parameter.
     layer.unpacked = torch.full((3,), OLD)
     layer.parts = {"first": layer.weight.data[:1].expand(3, 4)}
@@ -295,6 +404,7 @@ def test_all_that_loading_replaces_is_restored(spoil: Callable[[Any], None]) -> 
     assert layer.quant_method.scale is tensors["scale"]
     assert not layer.quant_method.is_packed and not layer.weight.format_ue8m0
     assert list(model.state_dict()) == ["0.weight", "0.table"]
+    assert not vars(layer.table)
     assert layer.weight.shape == (2, 4)
     for name, tensor in tensors.items():
         assert tensor.data_ptr() == addresses[name], name
@@ -452,6 +562,38 @@ def test_other_loaders_are_refused() -> None:
     assert "--load-format is flash_rl, and has to be one of auto, safetensors, dummy" in reason
 
 
+def refused_update(
+    algorithm: str | None, monkeypatch: pytest.MonkeyPatch, resumes: bool = False
+) -> tuple[str, list[Any]]:
+    """Have a scheduler update weights, and return its answer and what resumed it."""
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    from sglang.srt.weight_sync import trainer_updates
+
+    monkeypatch.setattr(trainer_updates, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+    resumed: list[Any] = []
+    scheduler: Any = SimpleNamespace(
+        server_args=SimpleNamespace(enable_trainer_routes=True),
+        spec_algorithm=SpeculativeAlgorithm.from_string(algorithm),
+        tp_worker=SimpleNamespace(model_runner=make_updater(None)._runner),
+        continue_generation=resumed.append,
+    )
+    handlers = dict(
+        trainer_updates.trainer_update_handlers(scheduler, lambda model: "the release has a cache")
+    )
+    request = trainer_updates.TrainerUpdateReqInput(names=[], dtypes=[], shapes=[])
+    request.folder, request.resumes = str(tiny_model_path(1)), resumes
+    output = handlers[trainer_updates.TrainerUpdateReqInput](request)
+    assert not output.success
+    return output.message, resumed
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_an_update_ends_its_pause_by_itself(resumes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer manager may be busy."""
+    _, resumed = refused_update(None, monkeypatch, resumes)
+    assert len(resumed) == resumes
+
+
 @pytest.mark.parametrize(
     ("algorithm", "named"),
     [
@@ -465,22 +607,8 @@ def test_draft_models_and_what_the_release_cannot_load_again(
     algorithm: str | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CPUs have no kernels for draft models."""
-    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-    from sglang.srt.weight_sync import trainer_updates
-
-    monkeypatch.setattr(trainer_updates, "get_tp_group", lambda: SimpleNamespace(world_size=1))
-    scheduler: Any = SimpleNamespace(
-        server_args=SimpleNamespace(enable_trainer_routes=True),
-        spec_algorithm=SpeculativeAlgorithm.from_string(algorithm),
-        tp_worker=SimpleNamespace(model_runner=make_updater(None)._runner),
-    )
-    handlers = dict(
-        trainer_updates.trainer_update_handlers(scheduler, lambda model: "the release has a cache")
-    )
-    request = trainer_updates.TrainerUpdateReqInput(names=[], dtypes=[], shapes=[])
-    request.folder = str(tiny_model_path(1))
-    output = handlers[trainer_updates.TrainerUpdateReqInput](request)
-    assert not output.success and named in output.message
+    message, _ = refused_update(algorithm, monkeypatch)
+    assert named in message
 
 
 @pytest.mark.parametrize("server", ["trainer_dp", "trainer_dummy"], indirect=True)

@@ -772,6 +772,24 @@ def test_a_resume_during_an_update_comes_after_it(
         trainer.stop()
 
 
+@trainer_mode
+def test_a_pause_outlasts_an_update(server: Server) -> None:
+    running = Running(server, GENERATE, max_tokens=NUM_TOKENS)
+    running.wait_for(10)
+    try:
+        assert control(server, "/pause", mode="keep").ok
+        assert control(server, "/reload_weights").ok
+        assert is_paused(server)
+        time.sleep(0.5)
+        seen = running.num_tokens
+        time.sleep(0.5)
+        assert running.num_tokens == seen < NUM_TOKENS
+    finally:
+        control(server, "/resume")
+    [(ids, _)] = running.finish().values()
+    assert len(ids) == NUM_TOKENS
+
+
 def wait_until_paused(server: Server) -> None:
     deadline = time.monotonic() + 30
     while not is_paused(server):

@@ -60,6 +60,7 @@ TOKENS = "srt/entrypoints/openai/serving_tokens.py"
 TOKENS_IN_OUT = "tests/test_tokens_in_out.py"
 STOP_TOKEN_IDS = "srt/sampling/stop_token_ids.py"
 ALL_OR_NOTHING = "srt/weight_sync/all_or_nothing.py"
+SNAPSHOT = "srt/weight_sync/snapshot.py"
 BROADCAST = "srt/weight_sync/broadcast.py"
 TEST_ALL_OR_NOTHING = "tests/test_all_or_nothing.py"
 WEIGHT_VERSIONS = "srt/managers/weight_versions.py"
@@ -563,21 +564,21 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "half-an-update-kept": Mutant(
         "C1",
-        ALL_OR_NOTHING,
-        "memory.copy_(copy)",
+        SNAPSHOT,
+        "memory.copy_(self._copies[address])",
         "pass",
         [TRAINER_ROUTES, "-k", "not_loadable"],
     ),
     "replaced-parameters-kept": Mutant(
         "C1",
-        ALL_OR_NOTHING,
+        SNAPSHOT,
         "            attributes.clear()\n            attributes.update(old)",
         "            pass",
         [TEST_ALL_OR_NOTHING, "-k", "what_fp8_makes"],
     ),
     "other-data-kept": Mutant(
         "C1",
-        ALL_OR_NOTHING,
+        SNAPSHOT,
         "tensor.data = data",
         "pass",
         [TEST_ALL_OR_NOTHING, "-k", "other_data"],
@@ -796,15 +797,15 @@ MUTANTS: dict[str, Mutant] = {
     "the-rest-not-received": Mutant(
         "C1",
         ALL_OR_NOTHING,
-        "for _ in weights if takes_all else ():",
+        "for _ in weights if from_trainer else ():",
         "for _ in ():",
         [TEST_ALL_OR_NOTHING, "-k", "as_they_come and loading"],
     ),
     "loaded-when-all-have-come": Mutant(
         "C1",
         ALL_OR_NOTHING,
-        "self.why_unsupported(), self._receive(trainer)",
-        "self.why_unsupported(), iter(list(self._receive(trainer)))",
+        "self._receive(trainer),",
+        "iter(list(self._receive(trainer))),",
         [TEST_ALL_OR_NOTHING, "-k", "as_they_come and None"],
     ),
     "another-shape-loaded": Mutant(
@@ -816,17 +817,59 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "additions-to-empty-attributes-kept": Mutant(
         "C1",
-        ALL_OR_NOTHING,
+        SNAPSHOT,
         "if id(attributes) in self._dicts:",
         "if not attributes or id(attributes) in self._dicts:",
         [TEST_ALL_OR_NOTHING, "-k", "loading_replaces"],
     ),
     "blocks-without-their-last": Mutant(
         "C1",
-        ALL_OR_NOTHING,
+        SNAPSHOT,
         "    if block:\n        yield block",
         "    return",
         [TEST_ALL_OR_NOTHING, "-k", "loading_replaces"],
+    ),
+    "an-old-backup-restored": Mutant(
+        "C1",
+        SNAPSHOT,
+        "if x.all()}",
+        "}",
+        [TEST_ALL_OR_NOTHING, "-k", "others_have_changed"],
+    ),
+    "checksums-of-all-as-one": Mutant(
+        "C1",
+        SNAPSHOT,
+        "if piece < _MIN_PIECE_BYTES:",
+        "if True:",
+        [TEST_ALL_OR_NOTHING, "-k", "halves_swapped"],
+    ),
+    "no-backup-after-an-update": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "if snapshot is not None and self._backs_up:",
+        "if False:",
+        [TEST_ALL_OR_NOTHING, "-k", "copied_beforehand"],
+    ),
+    "a-backup-without-room": Mutant(
+        "C1",
+        SNAPSHOT,
+        "if num_bytes > num_free:",
+        "if False:",
+        [TEST_ALL_OR_NOTHING, "-k", "host_without_room"],
+    ),
+    "what-sleeps-read": Mutant(
+        "C1",
+        TRAINER_UPDATES,
+        "if not server_args.enable_memory_saver:",
+        "if True:",
+        [TEST_ALL_OR_NOTHING, "-k", "may_sleep"],
+    ),
+    "no-backup-for-a-trainer": Mutant(
+        "C1",
+        TRAINER_UPDATES,
+        "self.updater.back_up()",
+        "pass",
+        [TEST_ALL_OR_NOTHING, "-k", "may_sleep"],
     ),
     "one-rank-joins": Mutant(
         "C1",

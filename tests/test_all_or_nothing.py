@@ -56,9 +56,14 @@ def load(
     loads: Callable[[], None],
     error: str | None = None,
     flush_error: str | None = None,
+    updater: Any = None,
     **fields: Any,
 ) -> tuple[bool, str]:
-    """Have `model` load a weight by `loads`."""
+    """Have `model` load a weight by `loads`.
+
+    Args:
+        updater: What updates it, or None for a new one.
+    """
     import torch
 
     def load_weights(weights: Iterable[tuple[str, Any]]) -> None:
@@ -66,7 +71,7 @@ def load(
             loads()
 
     model.load_weights = load_weights
-    updater = make_updater(model, **fields)
+    updater = updater or make_updater(model, **fields)
     weights = [("weight", torch.empty(1))]
     answer: tuple[bool, str] = updater._load_or_undo(error, weights, lambda: flush_error)
     return answer
@@ -363,15 +368,19 @@ def removed(layer: Any) -> None:
 @pytest.mark.parametrize(
     "spoil", [in_place, other_data, other_parameter, other_attributes, removed]
 )
+@pytest.mark.parametrize("is_ahead", [False, True])
 @pytest.mark.parametrize("block_bytes", [1, 20, 1024])
 def test_all_that_loading_replaces_is_restored(
-    spoil: Callable[[Any], None], block_bytes: int, monkeypatch: pytest.MonkeyPatch
+    spoil: Callable[[Any], None],
+    block_bytes: int,
+    is_ahead: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same tensors are back, in the same memory, which CUDA graphs have the address of."""
     import torch
-    from sglang.srt.weight_sync import all_or_nothing
+    from sglang.srt.weight_sync import snapshot
 
-    monkeypatch.setattr(all_or_nothing, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(snapshot, "_BLOCK_BYTES", block_bytes)
     model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
     layer: Any = model[0]
     layer.weight.data.fill_(OLD)
@@ -396,7 +405,10 @@ def test_all_that_loading_replaces_is_restored(
         spoil(layer)
         raise ValueError("it does not fit")
 
-    success, message = load(model, loads)
+    updater = make_updater(model)
+    if is_ahead:
+        updater.back_up()
+    success, message = load(model, loads, updater=updater)
     assert not success and "it does not fit" in message
     assert layer.weight is tensors["weight"] and layer.table is tensors["table"]
     assert layer.unpacked is tensors["unpacked"]
@@ -409,6 +421,104 @@ def test_all_that_loading_replaces_is_restored(
     for name, tensor in tensors.items():
         assert tensor.data_ptr() == addresses[name], name
         assert torch.equal(tensor, torch.full_like(tensor, OLD)), name
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has the number of bytes that each update had to copy."""
+    from sglang.srt.weight_sync import snapshot
+
+    copy, found = snapshot._copy, []
+
+    def counted(tensors: list[Any]) -> list[Any]:
+        found.append(sum(tensor.nbytes for tensor in tensors))
+        copies: list[Any] = copy(tensors)
+        return copies
+
+    monkeypatch.setattr(snapshot, "_copy", counted)
+    return found
+
+
+def spoiled(weight: Any) -> None:
+    weight.zero_()
+    raise ValueError("it does not fit")
+
+
+def wide_model() -> tuple[Any, Any]:
+    """A model, and its one weight of 16 KiB."""
+    import torch
+
+    model = torch.nn.Linear(4096, 1, bias=False)
+    model.weight.data.copy_(torch.arange(4096.0))
+    return model, model.weight.data
+
+
+def test_what_is_copied_beforehand_is_not_copied_by_an_update(copied: list[int]) -> None:
+    model, weight = wide_model()
+    updater = make_updater(model)
+    for i in range(4):
+        assert load(model, lambda: weight.fill_(NEW * 2), updater=updater)[0]
+        assert load(model, lambda: weight.fill_(NEW), updater=updater)[0]
+        assert not load(model, lambda: spoiled(weight), updater=updater)[0]
+        assert weight.eq(NEW).all()
+        assert copied == [0 if i else weight.nbytes] * 3
+        copied.clear()
+        updater.back_up()
+
+
+def halves_swapped(weight: Any) -> None:
+    weight.copy_(weight.clone().roll(2048))
+
+
+@pytest.mark.parametrize("change", [lambda weight: weight[0, 5].add_(1), halves_swapped])
+def test_what_others_have_changed_since_is_kept(
+    change: Callable[[Any], None], copied: list[int]
+) -> None:
+    """By SGLang's own routes, for example."""
+    model, weight = wide_model()
+    model.register_buffer("table", weight.new_zeros(3))
+    updater = make_updater(model)
+    updater.back_up()
+    updater._backup._wait()
+    change(weight)
+    changed = weight.clone()
+    assert not load(model, lambda: spoiled(weight), updater=updater)[0]
+    assert weight.equal(changed)
+    assert copied == [weight.nbytes]
+
+
+def test_a_host_without_room_has_updates_copy(
+    copied: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sglang.srt.weight_sync import snapshot
+
+    monkeypatch.setattr(snapshot, "_RESERVED_BYTES", 1 << 60)
+    model, weight = wide_model()
+    updater = make_updater(model)
+    updater.back_up()
+    assert not load(model, lambda: spoiled(weight), updater=updater)[0]
+    assert copied == [weight.nbytes]
+    assert "the host has room for" in caplog.text
+
+
+@pytest.mark.parametrize("can_sleep", [False, True])
+def test_weights_that_may_sleep_are_not_read_meanwhile(
+    can_sleep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.weight_sync import trainer_updates
+
+    model, weight = wide_model()
+    handlers = make_handlers(monkeypatch, model, can_sleep=can_sleep)
+    monkeypatch.setattr(trainer_updates, "join", lambda *_: None)
+    request = trainer_updates.TrainerJoinReqInput(
+        master_address="127.0.0.1", master_port=1, rank_offset=1, world_size=2
+    )
+    handler = handlers[trainer_updates.TrainerJoinReqInput]
+    assert handler(request).success
+    backup = handler.__self__.updater._backup
+    backup._wait()
+    sizes = [x.nbytes for x in backup._copies.values()]
+    assert sizes == ([] if can_sleep else [weight.nbytes])
 
 
 def fp8_model(block_quant: bool) -> Any:
@@ -562,24 +672,42 @@ def test_other_loaders_are_refused() -> None:
     assert "--load-format is flash_rl, and has to be one of auto, safetensors, dummy" in reason
 
 
+def make_handlers(
+    monkeypatch: pytest.MonkeyPatch,
+    model: Any,
+    algorithm: str | None = None,
+    obstacle: str | None = None,
+    can_sleep: bool = False,
+    resumed: list[Any] | None = None,
+) -> dict[Any, Any]:
+    """What a scheduler handles requests of the trainer routes with.
+
+    Args:
+        resumed: Gets what resumes it.
+    """
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    from sglang.srt.weight_sync import trainer_updates
+
+    group = SimpleNamespace(world_size=1, rank_in_group=0)
+    monkeypatch.setattr(trainer_updates, "get_tp_group", lambda: group)
+    scheduler: Any = SimpleNamespace(
+        server_args=SimpleNamespace(enable_trainer_routes=True, enable_memory_saver=can_sleep),
+        spec_algorithm=SpeculativeAlgorithm.from_string(algorithm),
+        tp_worker=SimpleNamespace(model_runner=make_updater(model)._runner),
+        continue_generation=(resumed if resumed is not None else []).append,
+    )
+    return dict(trainer_updates.trainer_update_handlers(scheduler, lambda _: obstacle))
+
+
 def refused_update(
     algorithm: str | None, monkeypatch: pytest.MonkeyPatch, resumes: bool = False
 ) -> tuple[str, list[Any]]:
     """Have a scheduler update weights, and return its answer and what resumed it."""
-    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
     from sglang.srt.weight_sync import trainer_updates
 
-    monkeypatch.setattr(trainer_updates, "get_tp_group", lambda: SimpleNamespace(world_size=1))
     resumed: list[Any] = []
-    scheduler: Any = SimpleNamespace(
-        server_args=SimpleNamespace(enable_trainer_routes=True),
-        spec_algorithm=SpeculativeAlgorithm.from_string(algorithm),
-        tp_worker=SimpleNamespace(model_runner=make_updater(None)._runner),
-        continue_generation=resumed.append,
-    )
-    handlers = dict(
-        trainer_updates.trainer_update_handlers(scheduler, lambda model: "the release has a cache")
-    )
+    obstacle = "the release has a cache"
+    handlers = make_handlers(monkeypatch, None, algorithm, obstacle, resumed=resumed)
     request = trainer_updates.TrainerUpdateReqInput(names=[], dtypes=[], shapes=[])
     request.folder, request.resumes = str(tiny_model_path(1)), resumes
     output = handlers[trainer_updates.TrainerUpdateReqInput](request)

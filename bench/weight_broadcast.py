@@ -178,6 +178,9 @@ class RandomServer(Server):
         command = ["sglang.launch_server", "--model-path", path, *BASE_FLAGS]
         # What reads the streams keeps up with chunks of several tokens.
         command += ["--enable-trainer-routes", f"--stream-interval={STREAM_INTERVAL}"]
+        if ON_GPU:
+            # The KV cache takes what there is, as it does by default.
+            command += ["--mem-fraction-static=0.85", "--max-total-tokens=100000000"]
         self._start(shape, shape, command, {"TEST_FORK": "0"})
 
 

@@ -565,7 +565,7 @@ MUTANTS: dict[str, Mutant] = {
     "half-an-update-kept": Mutant(
         "C1",
         SNAPSHOT,
-        "memory.copy_(self._copies[address])",
+        "memory.copy_(copies[address])",
         "pass",
         [TRAINER_ROUTES, "-k", "not_loadable"],
     ),
@@ -593,8 +593,8 @@ MUTANTS: dict[str, Mutant] = {
     "graphs-read-old-memory": Mutant(
         "C1",
         ALL_OR_NOTHING,
-        "if moved is None or",
-        "if True or",
+        "if moved is None:",
+        "if True:",
         [TEST_ALL_OR_NOTHING, "-k", "cuda_graphs"],
     ),
     "adapters-hide-a-bias": Mutant(
@@ -828,6 +828,41 @@ MUTANTS: dict[str, Mutant] = {
         "    if block:\n        yield block",
         "    return",
         [TEST_ALL_OR_NOTHING, "-k", "loading_replaces"],
+    ),
+    "an-old-snapshot-restored": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "if self._snapshot is None or not self._snapshot.is_current():",
+        "if self._snapshot is None:",
+        [TEST_ALL_OR_NOTHING, "-k", "known_from_the_last"],
+    ),
+    "a-walk-for-each-update": Mutant(
+        "C1",
+        ALL_OR_NOTHING,
+        "if self._snapshot is None or not self._snapshot.is_current():",
+        "if True:",
+        [TEST_ALL_OR_NOTHING, "-k", "known_from_the_last and None"],
+    ),
+    "items-of-lists-kept": Mutant(
+        "C1",
+        SNAPSHOT,
+        "items[:] = old_items",
+        "pass",
+        [TEST_ALL_OR_NOTHING, "-k", "loading_replaces and other_attributes"],
+    ),
+    "another-view-unnoticed": Mutant(
+        "C1",
+        SNAPSHOT,
+        "return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()",
+        "return (tensor.data_ptr(),)",
+        [TEST_ALL_OR_NOTHING, "-k", "known_from_the_last and other_view"],
+    ),
+    "an-update-waits-for-memory": Mutant(
+        "C1",
+        SNAPSHOT,
+        "if self._is_awaited.wait(_PAUSE_S):",
+        "if self._is_awaited.wait(_PAUSE_S) and False:",
+        [TEST_ALL_OR_NOTHING, "-k", "wait_for_memory"],
     ),
     "an-old-backup-restored": Mutant(
         "C1",

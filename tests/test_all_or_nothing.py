@@ -353,6 +353,7 @@ def other_parameter(layer: Any) -> None:
 def other_attributes(layer: Any) -> None:
     layer.unpacked = layer.unpacked + NEW
     layer.parts["first"] = layer.parts["first"] + NEW
+    layer.scales[0] = layer.scales[0] + NEW
     layer.quant_method.scale.fill_(NEW)
     layer.quant_method.is_packed = True
     layer.weight.format_ue8m0 = True
@@ -365,9 +366,33 @@ def removed(layer: Any) -> None:
     del layer.weight, layer.table, layer.unpacked
 
 
-@pytest.mark.parametrize(
-    "spoil", [in_place, other_data, other_parameter, other_attributes, removed]
-)
+SPOILS = [in_place, other_data, other_parameter, other_attributes, removed]
+
+
+def replaceable_model() -> Any:
+    """A model of one layer with all that loading may replace."""
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
+    layer: Any = model[0]
+    layer.weight.data.fill_(OLD)
+    layer.weight.format_ue8m0 = False
+    layer.register_buffer("table", torch.full((3,), OLD))
+    # Neither it nor the table has what loading may add to them.
+    layer.act = torch.nn.Identity()
+    # As MLA's are, and as one that shares memory with a parameter.
+    layer.unpacked = torch.full((3,), OLD)
+    layer.parts = {"first": layer.weight.data[:1].expand(3, 4)}
+    layer.scales = [torch.full((1,), OLD)]
+    layer.quant_method = SimpleNamespace(
+        scale=torch.full((1,), OLD),
+        is_packed=False,
+        process_weights_after_loading=lambda _: None,
+    )
+    return model
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
 @pytest.mark.parametrize("is_ahead", [False, True])
 @pytest.mark.parametrize("block_bytes", [1, 20, 1024])
 def test_all_that_loading_replaces_is_restored(
@@ -381,22 +406,14 @@ def test_all_that_loading_replaces_is_restored(
     from sglang.srt.weight_sync import snapshot
 
     monkeypatch.setattr(snapshot, "_BLOCK_BYTES", block_bytes)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
+    model = replaceable_model()
     layer: Any = model[0]
-    layer.weight.data.fill_(OLD)
-    layer.weight.format_ue8m0 = False
-    layer.register_buffer("table", torch.full((3,), OLD))
-    # Neither it nor the table has what loading may add to them.
-    layer.act = torch.nn.Identity()
-    # As MLA's are, and as one that shares memory with a parameter.
-    layer.unpacked = torch.full((3,), OLD)
-    layer.parts = {"first": layer.weight.data[:1].expand(3, 4)}
-    layer.quant_method = SimpleNamespace(scale=torch.full((1,), OLD), is_packed=False)
     tensors = {
         "weight": layer.weight,
         "table": layer.table,
         "unpacked": layer.unpacked,
         "first": layer.parts["first"],
+        "item": layer.scales[0],
         "scale": layer.quant_method.scale,
     }
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
@@ -408,11 +425,13 @@ def test_all_that_loading_replaces_is_restored(
     updater = make_updater(model)
     if is_ahead:
         updater.back_up()
+        has_copied(updater)
     success, message = load(model, loads, updater=updater)
     assert not success and "it does not fit" in message
     assert layer.weight is tensors["weight"] and layer.table is tensors["table"]
     assert layer.unpacked is tensors["unpacked"]
     assert layer.parts["first"] is tensors["first"]
+    assert layer.scales[0] is tensors["item"]
     assert layer.quant_method.scale is tensors["scale"]
     assert not layer.quant_method.is_packed and not layer.weight.format_ue8m0
     assert list(model.state_dict()) == ["0.weight", "0.table"]
@@ -421,6 +440,67 @@ def test_all_that_loading_replaces_is_restored(
     for name, tensor in tensors.items():
         assert tensor.data_ptr() == addresses[name], name
         assert torch.equal(tensor, torch.full_like(tensor, OLD)), name
+
+
+def other_item(layer: Any) -> None:
+    layer.scales[0] = layer.scales[0] + NEW
+
+
+def other_view(layer: Any) -> None:
+    layer.weight.data = layer.weight.data.t()
+
+
+def other_layer(layer: Any) -> None:
+    import torch
+
+    layer.act = torch.nn.Linear(1, 1)
+
+
+def tensors_of(model: Any) -> list[tuple[int, Any]]:
+    layer = model[0]
+    attributes = [vars(layer).get("unpacked"), layer.parts["first"], *layer.scales]
+    values = [*model.state_dict().values(), layer.quant_method.scale, *attributes]
+    return [(x.data_ptr(), x.clone()) for x in values if x is not None]
+
+
+@pytest.mark.parametrize("change", [None, *SPOILS, other_item, other_view, other_layer])
+def test_what_a_model_consists_of_is_known_from_the_last_update(
+    change: Callable[[Any], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless others have changed it since, as SGLang's own updates may."""
+    from sglang.srt.weight_sync import all_or_nothing
+
+    class Counted(all_or_nothing.Snapshot):
+        num = 0
+
+        def __init__(self, model: Any):
+            Counted.num += 1
+            super().__init__(model)
+
+    monkeypatch.setattr(all_or_nothing, "Snapshot", Counted)
+    model = replaceable_model()
+    fails = [False, True, True]
+
+    def load_weights(weights: Iterable[tuple[str, Any]]) -> None:
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+        if fails.pop(0):
+            in_place(model[0])
+            raise ValueError("it does not fit")
+
+    model.load_weights = load_weights
+    updater = make_updater(model)
+    success, message = updater._load_or_undo(None, [], lambda: None)
+    assert success, message
+    if change is not None:
+        change(model[0])
+    before = tensors_of(model)
+    for _ in range(2):
+        assert not updater._load_or_undo(None, [], lambda: None)[0]
+        after = tensors_of(model)
+        assert [address for address, _ in after] == [address for address, _ in before]
+        assert all(now.equal(old) for (_, now), (_, old) in zip(after, before))
+    assert Counted.num == (1 if change in (None, in_place) else 2)
 
 
 @pytest.fixture
@@ -453,17 +533,66 @@ def wide_model() -> tuple[Any, Any]:
     return model, model.weight.data
 
 
+def has_copied(updater: Any) -> Any:
+    """Wait until what is copied beforehand is there."""
+    backup = updater._backup
+    if backup._worker is not None:
+        backup._worker.join(TIMEOUT_S)
+        assert not backup._worker.is_alive()
+    return backup
+
+
 def test_what_is_copied_beforehand_is_not_copied_by_an_update(copied: list[int]) -> None:
     model, weight = wide_model()
     updater = make_updater(model)
     for i in range(4):
         assert load(model, lambda: weight.fill_(NEW * 2), updater=updater)[0]
+        has_copied(updater)
         assert load(model, lambda: weight.fill_(NEW), updater=updater)[0]
+        has_copied(updater)
         assert not load(model, lambda: spoiled(weight), updater=updater)[0]
         assert weight.eq(NEW).all()
         assert copied == [0 if i else weight.nbytes] * 3
         copied.clear()
         updater.back_up()
+        has_copied(updater)
+
+
+def test_an_update_does_not_wait_for_memory(
+    copied: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It copies what has not been copied yet. The rest follows after the next one."""
+    import torch
+    from sglang.srt.weight_sync import snapshot
+
+    monkeypatch.setattr(snapshot, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(snapshot, "_PAUSE_S", 1.0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(1, 1, bias=False) for _ in range(100)])
+    weights = [parameter.data for parameter in model.parameters()]
+    updater = make_updater(model)
+    updater.back_up()
+    backup = updater._backup
+    deadline = time.monotonic() + TIMEOUT_S
+    while not backup._copies and time.monotonic() < deadline:
+        time.sleep(0.01)
+    old = torch.stack(weights)
+
+    def spoils_all() -> None:
+        for weight in weights:
+            weight.zero_()
+        raise ValueError("it does not fit")
+
+    start = time.monotonic()
+    assert not load(model, spoils_all, updater=updater)[0]
+    assert time.monotonic() - start < 10
+    assert torch.stack(weights).equal(old)
+    assert 50 * 4 < copied[0] < 100 * 4
+    monkeypatch.setattr(snapshot, "_PAUSE_S", 0.0)
+    assert load(model, lambda: None, updater=updater)[0]
+    has_copied(updater)
+    assert not load(model, spoils_all, updater=updater)[0]
+    assert torch.stack(weights).equal(old)
+    assert copied[2] == 0
 
 
 def halves_swapped(weight: Any) -> None:
@@ -479,7 +608,7 @@ def test_what_others_have_changed_since_is_kept(
     model.register_buffer("table", weight.new_zeros(3))
     updater = make_updater(model)
     updater.back_up()
-    updater._backup._wait()
+    has_copied(updater)
     change(weight)
     changed = weight.clone()
     assert not load(model, lambda: spoiled(weight), updater=updater)[0]
@@ -496,6 +625,7 @@ def test_a_host_without_room_has_updates_copy(
     model, weight = wide_model()
     updater = make_updater(model)
     updater.back_up()
+    has_copied(updater)
     assert not load(model, lambda: spoiled(weight), updater=updater)[0]
     assert copied == [weight.nbytes]
     assert "the host has room for" in caplog.text
@@ -515,8 +645,7 @@ def test_weights_that_may_sleep_are_not_read_meanwhile(
     )
     handler = handlers[trainer_updates.TrainerJoinReqInput]
     assert handler(request).success
-    backup = handler.__self__.updater._backup
-    backup._wait()
+    backup = has_copied(handler.__self__.updater)
     sizes = [x.nbytes for x in backup._copies.values()]
     assert sizes == ([] if can_sleep else [weight.nbytes])
 

@@ -324,7 +324,7 @@ def test_a_trainer_that_is_gone(server: Server, by_seed: dict[int, list[int]], f
     [answer] = update([server])
     trainer.stop()
     assert answer.status_code == 400 and "the trainer has to join again" in answer.text
-    assert re.search(r"parameter model\.\S+ has not arrived", answer.text), answer.text
+    assert re.search(r"parameter model\.\S+ is missing", answer.text), answer.text
     assert time.monotonic() - start < 30
     assert not is_paused(server)
     if ON_GPU and fault == "dies":

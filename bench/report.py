@@ -71,7 +71,8 @@ NOTES = {
         "announces them in buckets. Then updates of a server while clients stream: the longest "
         "time in which none of them got a token (`silent`), from the call on until the first token "
         "after the answer, and how long the request for the update took. `silent, no update` is "
-        "the longest time without a token in an equally long time without an update."
+        "the longest time without a token in an equally long time without an update, and `silent, "
+        "first update` is of one that comes when the trainer has just joined."
     ),
     "logit_processors": (
         "The softmax of a batch in which each request has an `action_mask`, and the masks before "

@@ -51,6 +51,8 @@ TENSOR_MIB = 32 if ON_GPU else 4
 TOKENS = 400
 STREAM_INTERVAL = 8
 PAUSE_S = 0.5
+# How long a server may take to get memory for the copies that it makes beforehand.
+JOIN_S = 20.0 if ON_GPU else 0.5
 TIMEOUT_S = 120.0
 FIRST, LAST = ("cuda:0", f"cuda:{torch.cuda.device_count() - 1}") if ON_GPU else ("cpu", "cpu")
 BARE, ANNOUNCED = "broadcast as it is", "WeightBroadcaster"
@@ -283,7 +285,8 @@ def measure_updates(shape: str, clients: int, rounds: int, rates: list[float]) -
     """
     silent: dict[str, list[float]] = {KEPT: [], CLEARED: []}
     whole: dict[str, list[float]] = {KEPT: [], CLEARED: []}
-    without = []
+    first: list[float] = []
+    without: list[float] = []
     with RandomServer(shape) as server, joined_trainer(server, shape) as (seeds, num_bytes):
 
         def update(seed: int, name: str) -> None:
@@ -305,18 +308,23 @@ def measure_updates(shape: str, clients: int, rounds: int, rates: list[float]) -
                     if round_:
                         whole[name].append(seconds)
                         silent[name].append(longest)
-                    if round_ and name == KEPT:
-                        without.append(longest_without)
+                        if name == KEPT:
+                            without.append(longest_without)
+                    elif name == KEPT:
+                        first.append(longest)
+                if not round_:
+                    time.sleep(JOIN_S)
     base = [num_bytes / 1e9 / rate for rate in rates]
     found = {
         "broadcast alone": base,
         "silent, no update": without,
+        "silent, first update": first,
         **{f"silent, {name}": values for name, values in silent.items()},
         **{f"answered, {name}": values for name, values in whole.items()},
     }
     case = f"update of {math.ceil(num_bytes / MIB)} MiB while {clients} clients stream"
     return [
-        Row(case, 0, name, "seconds", values, ratios(values, base))
+        Row(case, 0, name, "seconds", values, ratios(values, base[: len(values)]))
         for name, values in found.items()
     ]
 

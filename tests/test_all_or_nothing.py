@@ -350,10 +350,14 @@ def other_parameter(layer: Any) -> None:
     layer.register_buffer("table", layer.table + NEW)
 
 
+def other_item(layer: Any) -> None:
+    layer.scales[0] = layer.scales[0] + NEW
+
+
 def other_attributes(layer: Any) -> None:
     layer.unpacked = layer.unpacked + NEW
     layer.parts["first"] = layer.parts["first"] + NEW
-    layer.scales[0] = layer.scales[0] + NEW
+    other_item(layer)
     layer.quant_method.scale.fill_(NEW)
     layer.quant_method.is_packed = True
     layer.weight.format_ue8m0 = True
@@ -440,10 +444,6 @@ def test_all_that_loading_replaces_is_restored(
     for name, tensor in tensors.items():
         assert tensor.data_ptr() == addresses[name], name
         assert torch.equal(tensor, torch.full_like(tensor, OLD)), name
-
-
-def other_item(layer: Any) -> None:
-    layer.scales[0] = layer.scales[0] + NEW
 
 
 def other_view(layer: Any) -> None:

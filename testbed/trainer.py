@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,8 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 BAD_PARAMETER = "model.layers.1.mlp.gate_proj.weight"
 # Small, so that weights take several buckets.
 BUCKET_BYTES = 100_000
+# After it, what was sent has come.
+SENT_WITHIN_S = 1.0
 
 
 def missing(weights: Weights) -> Weights:
@@ -51,6 +54,22 @@ def dies(weights: Weights) -> Weights:
         yield name, tensor
 
 
+def dies_between(weights: Weights) -> Weights:
+    """An announcement is the last that comes, and the bucket before it is still waited for."""
+    from sglang.srt.weight_sync.broadcast import _Outgoing
+
+    flatten = _Outgoing.flatten
+
+    def flatten_or_die(bucket: Any) -> Any:
+        if any(name == BAD_PARAMETER for name, _ in bucket._named_tensors):
+            time.sleep(SENT_WITHIN_S)
+            os._exit(1)
+        return flatten(bucket)
+
+    _Outgoing.flatten = flatten_or_die
+    return weights
+
+
 def falls_silent(weights: Weights) -> Weights:
     for name, tensor in weights:
         if name == BAD_PARAMETER:
@@ -66,6 +85,7 @@ FAULTS: dict[str, Callable[[Weights], Weights]] = {
     "unknown": unknown,
     "not_loadable": not_loadable,
     "dies": dies,
+    "dies_between": dies_between,
     "falls_silent": falls_silent,
 }
 

@@ -815,6 +815,27 @@ MUTANTS: dict[str, Mutant] = {
         "pass",
         [TEST_ALL_OR_NOTHING, "-k", "as_they_come and shape"],
     ),
+    "nobody-watches": Mutant(
+        "C1",
+        BROADCAST,
+        "begun.put(broadcast)",
+        "pass",
+        [TEST_ALL_OR_NOTHING, "-k", "is_watched"],
+    ),
+    "a-watch-without-end": Mutant(
+        "C1",
+        BROADCAST,
+        "begun.put(None)",
+        "pass",
+        [TEST_ALL_OR_NOTHING, "-k", "what_is_sent_is_received"],
+    ),
+    "moves-unnoticed": Mutant(
+        "C1",
+        SNAPSHOT,
+        "        if self.is_current():\n            return None",
+        "        return None",
+        [TEST_ALL_OR_NOTHING, "-k", "cuda_graphs_do_not_read"],
+    ),
     "additions-to-empty-attributes-kept": Mutant(
         "C1",
         SNAPSHOT,
@@ -874,8 +895,8 @@ MUTANTS: dict[str, Mutant] = {
     "checksums-of-all-as-one": Mutant(
         "C1",
         SNAPSHOT,
-        "if piece < _MIN_PIECE_BYTES:",
-        "if True:",
+        "is_whole = piece < _MIN_PIECE_BYTES",
+        "is_whole = True",
         [TEST_ALL_OR_NOTHING, "-k", "halves_swapped"],
     ),
     "no-backup-after-an-update": Mutant(

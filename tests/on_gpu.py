@@ -81,7 +81,7 @@ STEPS = {
         "weights over NCCL to servers on both cards, and to both ranks of one",
         "pytest",
         pytest_of(("tests/test_trainer_routes.py",), " or ".join(RANKS_TESTS)),
-        300,
+        540,
     ),
     "soak": Step(
         "10^6 streamed ids, hang-ups and aborts among them, while weights change ten times; and "

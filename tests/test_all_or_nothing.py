@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +23,8 @@ from tools.verify import reserve_port
 
 RANKS = (0, 1)
 TIMEOUT_S = 180
+# For what takes no time.
+SOON_S = 10
 OLD, NEW = 1.0, 2.0
 
 
@@ -152,7 +155,11 @@ def broadcast_on(
             broadcaster.close()
         else:
             group = broadcast.join("127.0.0.1", port, rank, 2, 60, device)
+            others = threading.enumerate()
             received = list(broadcast.receive_weights(group, device))
+            for thread in set(threading.enumerate()).difference(others):
+                thread.join(SOON_S)
+                assert not thread.is_alive(), "it watches for broadcasts that never come"
             weights = [(name, tensor.cpu()) for name, tensor in received]
             dist.destroy_process_group(group)
     return weights, os.environ.get("TORCH_NCCL_BLOCKING_WAIT")
@@ -323,6 +330,21 @@ def test_what_is_sent_is_received(
         assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
     # It is for the group alone.
     assert left is None and also_left is None
+
+
+def test_a_broadcast_is_watched_whoever_waits_for_it() -> None:
+    import torch
+    import torch.distributed as dist
+    from sglang.srt.weight_sync import broadcast
+
+    group = broadcast.join("127.0.0.1", reserve_port(), 0, 1, TIMEOUT_S, "cpu")
+    with broadcast._watched(group, torch.device("cpu")) as begin:
+        watched = [begin([torch.zeros(1)]) for _ in range(3)]
+        deadline = time.monotonic() + SOON_S
+        while any(x._works for x in watched):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    dist.destroy_process_group(group)
 
 
 def test_what_cannot_be_announced() -> None:
@@ -627,8 +649,10 @@ def test_a_host_without_room_has_updates_copy(
     updater.back_up()
     has_copied(updater)
     assert not load(model, lambda: spoiled(weight), updater=updater)[0]
-    assert copied == [weight.nbytes]
-    assert "the host has room for" in caplog.text
+    assert load(model, lambda: weight.fill_(NEW), updater=updater)[0]
+    has_copied(updater)
+    assert copied == [weight.nbytes] * 2
+    assert caplog.text.count("the host has room for") == 1
 
 
 @pytest.mark.parametrize("can_sleep", [False, True])
